@@ -1,0 +1,1 @@
+"""Benchmarks of bnfast against stock PyTorch. Not part of the installed package; see bench/README.md."""

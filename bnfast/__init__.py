@@ -1,0 +1,33 @@
+"""bnfast: train a CNN through its BatchNorm layers alone, fast and in little memory (arXiv 2003.00152).
+
+    model = bnfast.convert(torchvision.models.resnet50())     # same model, frozen convolutions fused with BatchNorm
+    optimizer = torch.optim.SGD(bnfast.affine_parameters(model), lr=0.1, momentum=0.9)
+
+The path of a call: a planned block's forward (nn) -> frozen_conv_bn_act (ops) -> a backend's phase (csrc/, reference) -> kernel.
+"""
+
+from . import models, nn, ops
+from .affine import load_affine, save_affine
+from .conversion import Report, convert, explain, revert
+from .dispatch import backends, use_backend
+from .freezing import affine_parameters, freeze
+from .weights import clear_cache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Report",
+    "affine_parameters",
+    "backends",
+    "clear_cache",
+    "convert",
+    "explain",
+    "freeze",
+    "load_affine",
+    "models",
+    "nn",
+    "ops",
+    "revert",
+    "save_affine",
+    "use_backend",
+]

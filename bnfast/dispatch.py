@@ -1,0 +1,56 @@
+"""Which backend serves a call. A backend is a module with the phases of `reference` as functions."""
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from . import native, reference
+
+_MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+NAMES = ("auto", *_MODULES)
+_forced: list[str] = []
+
+
+def backends() -> dict[str, bool | str]:
+    """Each backend's name with True where it can be used here, else the reason why it cannot."""
+    return {"cpu": native.unavailable or True, "reference": True}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context all calls of this process use the named backend, whatever convert() was told.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that is not available here.
+    """
+    check(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def check(name: str) -> None:
+    """Raises unless `name` is a backend that can be used here, or "auto"."""
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}; allowed are {', '.join(map(repr, NAMES))}")
+    if name != "auto" and backends()[name] is not True:
+        raise RuntimeError(f"backend {name!r} is not available: {backends()[name]}")
+
+
+def pick(name: str, device: torch.device) -> str:
+    """The name of the backend for tensors on `device`; raises RuntimeError where the named one cannot serve them."""
+    if _forced:
+        name = _forced[-1]
+    if name == "auto":
+        return "cpu" if device.type == "cpu" and native.unavailable is None else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' serves tensors on the CPU; x is on {device}")
+    return name
+
+
+def module(name: str) -> ModuleType:
+    """The module of a backend that `pick` named."""
+    return _MODULES[name]

@@ -1,0 +1,206 @@
+"""The compiled backend: the phases as registered operators, with fake kernels so that torch.compile sees through them.
+
+The four BatchNorm phases are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` hand the convolution itself to PyTorch, with
+the frozen weight in the form that is fastest, kept by `weights`. Signatures and meanings: `reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference, weights
+from .reference import accumulator
+
+try:
+    from . import _C  # registers the schemas and kernels of torch.ops.bnfast
+except ImportError as error:
+    _C = None
+    unavailable = f"the extension bnfast._C is not built or does not load: {error}"
+else:
+    unavailable = None
+
+_CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
+_STATS = (
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "float? momentum, float eps"
+)
+
+
+def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
+    weight = _as_dtype(weight, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
+    z = _conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    return z, *bn_fwd_reduce(z, *stats)
+
+
+def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
+    if weight.dim() == 2:
+        return dz @ _as_dtype(weight, dz.dtype)
+    layout = _memory_format(dz)
+    kernel = weight.shape[2:]
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
+        dx = _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation)
+    elif all(k == 1 for k in kernel) and not any(padding):
+        dx = _dgrad_pointwise(dz, weight, input_size, stride, groups, layout)
+    else:
+        dx = reference.conv_dgrad(
+            dz, _as_dtype(weight, dz.dtype), input_size, stride, padding, dilation, groups
+        )
+    return dx.contiguous(memory_format=layout)
+
+
+def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
+    """Stride 1: the gradient is a convolution with the kernel rotated and its channels exchanged, once."""
+
+    def rotated(w):
+        out_per_group, in_per_group = w.shape[0] // groups, w.shape[1]
+        w = w.to(dz.dtype).flip(list(range(2, w.dim())))
+        w = w.reshape(groups, out_per_group, in_per_group, *w.shape[2:]).transpose(1, 2)
+        return w.reshape(groups * in_per_group, out_per_group, *w.shape[3:]).contiguous(
+            memory_format=layout
+        )
+
+    turned = weights.transformed(weight, ("rotated", groups, dz.dtype, layout), rotated)
+    margin = [r - p for r, p in zip(reach, padding, strict=True)]
+    return reference.conv_forward(dz, turned, None, [1] * len(reach), margin, dilation, groups)
+
+
+def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
+    """A strided 1x1 kernel: gradient at the pixels that were read, 0 at the others."""
+    ones, zeros = [1] * len(stride), [0] * len(stride)
+    read = _dgrad_as_conv(dz, weight, groups, layout, zeros, zeros, ones)
+    dx = torch.zeros(
+        (*read.shape[:2], *input_size), dtype=dz.dtype, device=dz.device
+    ).contiguous(memory_format=layout)
+    dx[(..., *(slice(None, None, s) for s in stride))] = read
+    return dx
+
+
+def _as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.dtype == dtype:
+        return weight
+    return weights.transformed(weight, ("cast", dtype), lambda w: w.to(dtype))
+
+
+def _memory_format(t: Tensor) -> torch.memory_format:
+    """The layout that a convolution of t gives."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
+
+
+def _fake_dense(t: Tensor) -> Tensor:
+    """What csrc/cpu/bn.cpp makes of a tensor before it computes: dense, in the layout that it has or suggests."""
+    if t.is_contiguous():
+        return t
+    if t.dim() == 4:
+        return t.contiguous(memory_format=torch._prims_common.suggest_memory_format(t))
+    if t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+        return t
+    return t.contiguous()
+
+
+def _fake_bn_fwd_reduce(z, *stats):
+    vector = z.new_empty(z.shape[1], dtype=accumulator(z.dtype))
+    return vector, torch.empty_like(vector), torch.empty_like(vector)
+
+
+def _fake_bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, want_bits):
+    words = _bit_words(z) if want_bits else 0
+    return torch.empty_like(_fake_dense(z)), z.new_empty(2 * words, dtype=torch.uint8)
+
+
+def _bit_words(z: Tensor) -> int:
+    """Words of 16 bits that hold one bit per element; planes that are no rows (csrc/cpu/bn.h) start at a new word."""
+    dense = _fake_dense(z)
+    plane = 1
+    for size in z.shape[2:]:
+        plane = plane * size
+    inner = plane if dense.is_contiguous() else 1
+    if inner == 1 or (inner < 32 and inner * z.shape[1] <= 32768):
+        return (z.numel() + 15) // 16
+    return z.shape[0] * z.shape[1] * ((plane + 15) // 16)
+
+
+def _fake_bn_bwd_reduce(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope):
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _fake_bn_bwd_apply(
+    dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope, want_dresidual
+):
+    dz = torch.empty_like(_fake_dense(z))
+    return dz, torch.empty_like(dz) if want_dresidual else z.new_empty(0)
+
+
+def _fake_conv_forward(x, weight, bias, stride, padding, dilation, groups):
+    bias = None if bias is None else bias.to(x.dtype)
+    return reference.conv_forward(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+
+
+def _fake_conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
+    z = _fake_conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    return z, *_fake_bn_fwd_reduce(z)
+
+
+def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
+    if weight.dim() == 2:
+        return dz.new_empty((dz.shape[0], weight.shape[1]))
+    shape = (dz.shape[0], weight.shape[1] * groups, *input_size)
+    return torch.empty(
+        shape, dtype=dz.dtype, device=dz.device, memory_format=_memory_format(dz)
+    )
+
+
+if unavailable is None:
+    _library = torch.library.Library("bnfast", "FRAGMENT")
+    for _name, _schema, _kernel in (
+        ("conv_forward", f"(Tensor x, {_CONV}) -> Tensor", _conv_forward),
+        (
+            "conv_fwd_reduce",
+            f"(Tensor x, {_CONV}, {_STATS}) -> (Tensor z, Tensor mean, Tensor m2, Tensor rstd)",
+            _conv_fwd_reduce,
+        ),
+        (
+            "conv_dgrad",
+            "(Tensor dz, Tensor weight, SymInt[] input_size, int[] stride, int[] padding, "
+            "int[] dilation, int groups) -> Tensor",
+            _conv_dgrad,
+        ),
+    ):
+        _library.define(_name + _schema)
+        _library.impl(_name, _kernel, "CPU")
+    for _name, _fake in (
+        ("conv_forward", _fake_conv_forward),
+        ("conv_fwd_reduce", _fake_conv_fwd_reduce),
+        ("conv_dgrad", _fake_conv_dgrad),
+        ("bn_fwd_reduce", _fake_bn_fwd_reduce),
+        ("bn_fwd_apply", _fake_bn_fwd_apply),
+        ("bn_bwd_reduce", _fake_bn_bwd_reduce),
+        ("bn_bwd_apply", _fake_bn_bwd_apply),
+    ):
+        torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
+
+    # Resolved once: looking an operator up costs as much as calling it.
+    conv_forward = torch.ops.bnfast.conv_forward.default
+    conv_fwd_reduce = torch.ops.bnfast.conv_fwd_reduce.default
+    conv_dgrad = torch.ops.bnfast.conv_dgrad.default
+    bn_fwd_reduce = torch.ops.bnfast.bn_fwd_reduce.default
+    bn_fwd_apply = torch.ops.bnfast.bn_fwd_apply.default
+    bn_bwd_reduce = torch.ops.bnfast.bn_bwd_reduce.default
+    bn_bwd_apply = torch.ops.bnfast.bn_bwd_apply.default
+
+
+def cpu_capability() -> str | None:
+    """The instruction set of the compiled kernels on this processor, or None without the extension."""
+    return None if _C is None else _C.cpu_capability()
+
+
+def build_info() -> dict[str, str] | None:
+    """Compiler and PyTorch version of the build, or None without the extension."""
+    return None if _C is None else _C.build_info()

@@ -1,0 +1,449 @@
+"""Drop-in modules, and the two ways in which modules reach `ops`: `run_chain`, and a planned block's forward."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .reference import ACTS
+
+_ACT_FUNCTIONS = {
+    "identity": lambda x, slope: x,
+    "relu": lambda x, slope: F.relu(x),
+    "relu6": lambda x, slope: F.relu6(x),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda x, slope: F.silu(x),
+    "hardswish": lambda x, slope: F.hardswish(x),
+}
+
+
+class _Noted:
+    """Shows in print(model) what convert() fused a module with."""
+
+    def extra_repr(self) -> str:
+        note = self.__dict__.get("_bnfast_note")
+        return super().extra_repr() + (f"  # {note}" if note else "")
+
+
+class _FrozenConv(_Noted):
+    """A convolution that keeps no input for the backward pass while its weight and bias need no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            and x.requires_grad
+            and is_frozen(self)
+            and x.dim() == self.weight.dim()
+        ):
+            return run_chain(x, "auto", (self, None, "identity", 0.0, None, False))
+        return super().forward(x)
+
+
+class FrozenConv1d(_FrozenConv, nn.Conv1d):
+    """nn.Conv1d for frozen weights; see FrozenConv2d."""
+
+
+class FrozenConv2d(_FrozenConv, nn.Conv2d):
+    """nn.Conv2d for frozen weights: same parameters, results and gradients, no saved input.
+
+    x [N, J, H, W] -> [N, C, H', W']. With a weight or bias that needs a gradient it is nn.Conv2d and nothing else.
+    """
+
+
+class FrozenConv3d(_FrozenConv, nn.Conv3d):
+    """nn.Conv3d for frozen weights; see FrozenConv2d."""
+
+
+class _BatchNormAct(_Noted):
+    act = "identity"
+    negative_slope = 0.01
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(BatchNorm(x) + residual); x, residual [N, C, ...] of one shape and dtype, any strides."""
+        self._check_input_dim(x)
+        return run_chain(x, "auto", (None, self, self.act, self.negative_slope, residual, False))
+
+
+def _batch_norm_act(base: type[nn.Module], name: str) -> type[nn.Module]:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        act: str = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        check_act(act)
+        base.__init__(self, num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.act = act
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        act = "" if self.act == "identity" else f", act={self.act!r}"
+        return super(cls, self).extra_repr() + act
+
+    doc = f"""nn.{base.__name__} with activation and optional residual: y = act(BatchNorm(x) + residual).
+
+    act is one of {", ".join(ACTS)}; negative_slope is leaky_relu's. All else, the statistics and the state_dict included,
+    is nn.{base.__name__}'s. Raises ValueError for an unknown act.
+    """
+    cls = type(
+        name,
+        (_BatchNormAct, base),
+        {"__init__": __init__, "extra_repr": extra_repr, "__doc__": doc, "__module__": __name__},
+    )
+    return cls
+
+
+BatchNormAct1d = _batch_norm_act(nn.BatchNorm1d, "BatchNormAct1d")
+BatchNormAct2d = _batch_norm_act(nn.BatchNorm2d, "BatchNormAct2d")
+BatchNormAct3d = _batch_norm_act(nn.BatchNorm3d, "BatchNormAct3d")
+
+# The drop-in class of each exact class; the way back is `original_class`.
+FROZEN_CLASSES: dict[type, type] = {
+    nn.Conv1d: FrozenConv1d,
+    nn.Conv2d: FrozenConv2d,
+    nn.Conv3d: FrozenConv3d,
+}
+NORM_CLASSES: dict[type, type] = {
+    nn.BatchNorm1d: BatchNormAct1d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.BatchNorm3d: BatchNormAct3d,
+}
+ORIGINAL_CLASSES = {new: old for old, new in (FROZEN_CLASSES | NORM_CLASSES).items()}
+
+
+class FrozenConvBNAct2d(nn.Module):
+    """act(bn(conv(x)) + residual) for hand-written nets, with real children .conv and .bn.
+
+    conv is an nn.Conv2d that is frozen here, bn an nn.BatchNorm2d; the activation is a name of `reference.ACTS`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        act: str = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        check_act(act)
+        super().__init__()
+        self.conv = FrozenConv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False
+        ).requires_grad_(False)
+        self.bn = BatchNormAct2d(out_channels, act="identity")
+        self.act = act
+        self.negative_slope = negative_slope
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str = "relu", negative_slope: float = 0.01
+    ) -> "FrozenConvBNAct2d":
+        """Around existing modules, which are kept as they are, the same objects; conv is frozen.
+
+        Raises TypeError or ValueError where conv is no nn.Conv2d, bn no nn.BatchNorm2d, or their channels differ.
+        """
+        check_act(act)
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv is a {type(conv).__name__}; an nn.Conv2d is needed")
+        if not isinstance(bn, nn.BatchNorm2d):
+            raise TypeError(f"bn is a {type(bn).__name__}; an nn.BatchNorm2d is needed")
+        if conv.out_channels != bn.num_features:
+            raise ValueError(
+                f"bn has {bn.num_features} features; conv has {conv.out_channels} output channels"
+            )
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.conv = conv.requires_grad_(False)
+        self.bn = bn
+        self.act = act
+        self.negative_slope = negative_slope
+        return self
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, J, H, W], residual of the output's shape [N, C, H', W'] and dtype, or None."""
+        return run_chain(
+            x, "auto", (self.conv, self.bn, self.act, self.negative_slope, residual, False)
+        )
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"
+
+
+def check_act(act: str) -> None:
+    """Raises ValueError unless act is a known activation."""
+    if act not in ACTS:
+        raise ValueError(f"act is {act!r}; allowed are {', '.join(map(repr, ACTS))}")
+
+
+def unsupported_conv(conv: nn.Module) -> str | None:
+    """Why a convolution of a supported class cannot be part of a unit, or None."""
+    if isinstance(conv, nn.Linear):
+        return None
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if _padding(conv) is None:
+        return "padding='same' that is not symmetric"
+    return None
+
+
+def is_frozen(conv: nn.Module) -> bool:
+    """Whether neither weight nor bias needs a gradient and the convolution is one that units support."""
+    return (
+        not conv.weight.requires_grad
+        and (conv.bias is None or not conv.bias.requires_grad)
+        and unsupported_conv(conv) is None
+    )
+
+
+def _padding(conv: nn.Module) -> tuple[int, ...] | None:
+    padding = conv.padding
+    if not isinstance(padding, str):
+        return padding
+    if padding == "valid":
+        return (0,) * len(conv.stride)
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
+
+
+def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
+    """Runs (conv, bn, act, negative_slope, residual, adds_in_place) units, conv, bn and residual optional, each on the last's output.
+
+    Decides at each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, and a residual
+    of another shape or dtype is added the ordinary way.
+    """
+    ready: list[ops.Unit] = []
+    for conv, bn, act, slope, residual, adds_in_place in units:
+        fields: dict[str, Any] = {}
+        if conv is not None:
+            fits = x.dim() == conv.weight.dim()
+            if fits and is_frozen(conv):
+                fields["weight"] = conv.weight
+                fields["bias"] = conv.bias
+                if conv.weight.dim() > 2:
+                    fields["stride"] = conv.stride
+                    fields["padding"] = _padding(conv)
+                    fields["dilation"] = conv.dilation
+                    fields["groups"] = conv.groups
+            else:
+                if ready:
+                    x = ops.frozen_conv_bn_act(x, ready, backend)
+                    ready = []
+                x = conv(x)
+        if bn is None:
+            fields["normalize"] = False
+        else:
+            _norm_fields(bn, fields)
+        if residual is not None and not _residual_fits(residual, x, ready, fields):
+            ready.append(ops.Unit(**fields))
+            x = ops.frozen_conv_bn_act(x, ready, backend)
+            ready = []
+            x = x.add_(residual) if adds_in_place else x + residual
+            x = _ACT_FUNCTIONS[act](x, slope)
+            continue
+        ready.append(ops.Unit(**fields, residual=residual, act=act, negative_slope=slope))
+    return ops.frozen_conv_bn_act(x, ready, backend) if ready else x
+
+
+def _norm_fields(bn: nn.Module, fields: dict[str, Any]) -> None:
+    """BatchNorm's rules about its mode, buffers and momentum, as in nn.BatchNorm2d.forward."""
+    training = bn.training
+    use_batch = training or (bn.running_mean is None and bn.running_var is None)
+    fields["use_batch_statistics"] = use_batch
+    fields["gamma"] = bn.weight
+    fields["beta"] = bn.bias
+    fields["eps"] = bn.eps
+    tracked = None
+    if not training or bn.track_running_stats:
+        fields["running_mean"] = bn.running_mean
+        fields["running_var"] = bn.running_var
+        if training:
+            tracked = bn.num_batches_tracked
+    fields["num_batches_tracked"] = tracked
+    fields["momentum"] = 0.0 if bn.momentum is None and tracked is None else bn.momentum
+
+
+def _residual_fits(
+    residual: Tensor, x: Tensor, ready: list[ops.Unit], fields: dict[str, Any]
+) -> bool:
+    """Whether the residual has the shape and dtype of the unit's output."""
+    shape = list(x.shape)
+    dtype = x.dtype
+    weights = False
+    for weight, stride, padding, dilation in [
+        *((u.weight, u.stride, u.padding, u.dilation) for u in ready),
+        tuple(fields.get(name) for name in ("weight", "stride", "padding", "dilation")),
+    ]:
+        if weight is None:
+            continue
+        weights = True
+        spatial = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(
+                shape[2:], weight.shape[2:], stride or (), padding or (), dilation or (), strict=True
+            )
+        ]
+        shape = [shape[0], weight.shape[0], *spatial]
+    if weights and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return list(residual.shape) == shape and residual.dtype == dtype and residual.device == x.device
+
+
+# ---- planned blocks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a plan assumes of one module of the block: `path` of child names, exact class, children, attributes read."""
+
+    path: tuple[str, ...]
+    cls: type
+    children: tuple[tuple[str, type], ...] | None
+    attributes: tuple[tuple[str, Any], ...]
+    is_called: bool  # the original calls it and the plan does not: hooks on it would be missed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a block: generated code, and what must hold for it to be the block's own forward."""
+
+    run: Callable[..., Any]
+    source: str
+    inputs: tuple[str, ...]
+    list_inputs: frozenset[str]
+    guards: tuple[Guard, ...]
+
+    def __deepcopy__(self, memo: dict) -> "Plan":
+        return self
+
+    def fits(self, block: nn.Module, args: tuple) -> bool:
+        """Whether this plan does what the block's forward would do on these arguments now."""
+        for name, value in zip(self.inputs, args, strict=True):
+            if not isinstance(value, list if name in self.list_inputs else Tensor):
+                return False
+        for guard in self.guards:
+            module = block
+            for name in guard.path:
+                module = module._modules.get(name)
+                if module is None:
+                    return False
+            if type(module) is not guard.cls:
+                return False
+            if guard.is_called and (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return False
+            if guard.children is not None:
+                children = module._modules
+                if len(children) != len(guard.children):
+                    return False
+                for name, cls in guard.children:
+                    if type(children.get(name)) is not cls:
+                        return False
+            for name, value in guard.attributes:
+                if getattr(module, name, guard) != value:
+                    return False
+        return True
+
+
+class PlannedForward:
+    """The instance attribute `forward` of a converted block: runs the plan that fits, else the block's own forward.
+
+    Plans hold names, never modules, so copies share them; a pickle leaves them out and the first call makes them again.
+    """
+
+    def __init__(
+        self, block: nn.Module, plans: tuple[Plan, ...], backend: str, memory_format
+    ) -> None:
+        self.block = block
+        self.plans: tuple[Plan, ...] | None = plans
+        self.backend = backend
+        self.memory_format = memory_format
+
+    def install(self) -> None:
+        """Puts it, and its way through nn.DataParallel, on the block."""
+        self.block.__dict__["forward"] = self
+        self.block.__dict__["_replicate_for_data_parallel"] = self.replicate
+
+    def replicate(self) -> nn.Module:
+        """A replica of the block for nn.DataParallel, whose forward is bound to the replica."""
+        replica = type(self.block)._replicate_for_data_parallel(self.block)
+        PlannedForward(replica, self.plans, self.backend, self.memory_format).install()
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": None}
+
+    def __deepcopy__(self, memo: dict) -> "PlannedForward":
+        import copy
+
+        twin = PlannedForward.__new__(PlannedForward)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin.block = copy.deepcopy(self.block, memo)
+        return twin
+
+    def __call__(self, *args, **kwargs):
+        block = self.block
+        if self.plans is None:
+            self._plan_again()
+        if not _global_hooks():
+            for plan in self.plans:
+                values = args
+                if kwargs or len(args) != len(plan.inputs):
+                    values = _bind(type(block).forward, block, args, kwargs, plan.inputs)
+                    if values is None:
+                        break
+                if plan.fits(block, values):
+                    return plan.run(block, *values)
+        return type(block).forward(block, *args, **kwargs)
+
+    def _plan_again(self) -> None:
+        from .planning import plans_of
+
+        self.plans = plans_of(self.block, self.backend, self.memory_format).plans
+
+
+def _global_hooks() -> bool:
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _bind(function, block, args, kwargs, inputs) -> tuple | None:
+    """The values of `inputs` in a call whose other arguments all have their defaults; None for any other call."""
+    try:
+        bound = inspect.signature(function).bind(block, *args, **kwargs)
+    except TypeError:
+        return None  # the block's own forward raises it with its own words
+    parameters = inspect.signature(function).parameters
+    given = dict(list(bound.arguments.items())[1:])
+    for name, value in given.items():
+        if name in inputs:
+            continue
+        default = parameters[name].default
+        if type(value) is not type(default) or value != default:
+            return None
+    return tuple(given[name] for name in inputs) if all(n in given for n in inputs) else None

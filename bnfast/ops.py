@@ -1,0 +1,228 @@
+"""The functional form: a chain of frozen convolutions with BatchNorm, residual and activation, and its one autograd Function."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from .reference import ACTS, BIT_ACTS, SMOOTH_ACTS, accumulator, rstd_of
+
+
+class Unit(NamedTuple):
+    """One unit of a chain, y = act(BatchNorm(conv(x)) + residual); conv, BatchNorm and residual are each optional.
+
+    weight [C, J / groups, *] or [C, J] (linear), None without a convolution; neither weight nor bias may need a gradient.
+    gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
+    are used. normalize says whether there is a BatchNorm at all; use_batch_statistics is BatchNorm's training mode.
+    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    normalize: bool = True
+    use_batch_statistics: bool = True
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    residual: Tensor | None = None
+    act: str = "identity"
+    negative_slope: float = 0.01
+
+
+# Tensor fields of a unit in the order in which the Function takes them; the others are its static description.
+_TENSORS = (
+    "weight",
+    "bias",
+    "gamma",
+    "beta",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "residual",
+)
+_WEIGHT, _BIAS, _GAMMA, _BETA, _RUNNING_MEAN, _RUNNING_VAR, _TRACKED, _RESIDUAL = range(8)
+
+
+def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") -> Tensor:
+    """Runs a chain of units, each on the output of the one before.
+
+    x [N, J, *], any strides, f64, f32, bf16 or f16; returns [N, C, *] of the last unit, in channels_last where x (or the
+    weight) is. Saves for the backward pass, per unit, the convolution's output and one bit per element where a residual
+    hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input.
+    Gradients flow to x, gamma, beta and residual. Under autocast convolutions run in its dtype.
+
+    Raises ValueError for what does not fit together, RuntimeError where a second derivative is asked for.
+    """
+    name = dispatch.pick(backend, x.device)
+    for unit in units:
+        _check(unit, x)
+    if torch.is_autocast_enabled(x.device.type) and any(u.weight is not None for u in units):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != torch.float64:
+            if units[0].weight is None:
+                # A leading BatchNorm stays in its input's dtype; the convolutions behind it do not.
+                x = frozen_conv_bn_act(x, units[:1], backend)
+                units = units[1:]
+            x = x.to(dtype)
+    tensors = [getattr(unit, field) for unit in units for field in _TENSORS]
+    saves = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+    )
+    specs = tuple(
+        (
+            u.stride,
+            u.padding,
+            u.dilation,
+            u.groups,
+            u.normalize,
+            u.use_batch_statistics,
+            u.momentum,
+            u.eps,
+            u.act,
+            u.negative_slope,
+        )
+        for u in units
+    )
+    return _Chain.apply(specs, name, saves, x, *tensors)
+
+
+def _check(unit: Unit, x: Tensor) -> None:
+    if unit.act not in ACTS:
+        raise ValueError(f"act is {unit.act!r}; allowed are {', '.join(map(repr, ACTS))}")
+    for name in ("weight", "bias"):
+        tensor = getattr(unit, name)
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} needs a gradient; frozen_conv_bn_act computes none for it: "
+                f"set {name}.requires_grad_(False), or run the convolution outside"
+            )
+    if unit.weight is None and not unit.normalize:
+        raise ValueError("a unit without weight and with normalize=False has nothing to compute")
+    if not x.is_floating_point():
+        raise ValueError(f"x is of dtype {x.dtype}; floating point is needed")
+
+
+class _Chain(torch.autograd.Function):
+    """Forward and backward of a chain, unit by unit, through the phases of one backend."""
+
+    @staticmethod
+    def forward(ctx, specs, backend, saves, x, *tensors):
+        phases = dispatch.module(backend)
+        saved = []
+        input_sizes = []
+        bits = None
+        for i, spec in enumerate(specs):
+            stride, padding, dilation, groups, normalize, batch_stats, momentum, eps, act, slope = spec
+            weight, bias, gamma, beta, running_mean, running_var, tracked, residual = tensors[
+                8 * i : 8 * i + 8
+            ]
+            input_sizes.append(x.shape[2:])
+            z, mean, rstd = x, None, None
+            if weight is not None and not (normalize and batch_stats):
+                z = phases.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+            if normalize and batch_stats:
+                stats = (running_mean, running_var, tracked, momentum, eps)
+                if weight is None:
+                    _check_count(x)
+                    mean, _, rstd = phases.bn_fwd_reduce(x, *stats)
+                else:
+                    z, mean, _, rstd = _conv_fwd_reduce(
+                        phases, x, weight, bias, stride, padding, dilation, groups, stats
+                    )
+            elif normalize:
+                # A copy: the buffers may change before the backward pass.
+                mean = running_mean.to(accumulator(z.dtype), copy=True)
+                rstd = rstd_of(running_var.to(mean.dtype), eps)
+            x = z
+            bits = None
+            if normalize:
+                want_bits = saves and residual is not None and act in BIT_ACTS
+                x, bits = phases.bn_fwd_apply(
+                    z, mean, rstd, gamma, beta, residual, act, slope, want_bits
+                )
+                bits = bits if want_bits else None
+            hidden = residual if residual is not None and act in SMOOTH_ACTS else None
+            kept = (z if normalize else None, mean, rstd, bits, hidden)
+            saved += (weight, gamma, beta, *kept)
+        if saves:
+            ctx.save_for_backward(*saved)
+            ctx.specs, ctx.backend, ctx.input_sizes = specs, backend, input_sizes
+            ctx.has_residual = [t is not None for t in tensors[_RESIDUAL::8]]
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        phases = dispatch.module(ctx.backend)
+        saved = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad[3:]
+        grads = [None] * len(needs)
+        for i in reversed(range(len(ctx.specs))):
+            stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope = ctx.specs[i]
+            weight, gamma, beta, z, mean, rstd, bits, hidden = saved[8 * i : 8 * i + 8]
+            needs_input = needs_x or any(needs[: 8 * i])
+            first = 8 * i
+            if normalize:
+                state = (dy, z, mean, rstd, gamma, beta, hidden, bits)
+                needs_affine = needs[first + _GAMMA] or needs[first + _BETA]
+                needs_residual = needs[first + _RESIDUAL]
+                dgamma = dbeta = None
+                if needs_affine or (batch_stats and needs_input):
+                    dgamma, dbeta = phases.bn_bwd_reduce(*state, act, slope)
+                if needs[first + _GAMMA]:
+                    grads[first + _GAMMA] = dgamma.to(gamma.dtype)
+                if needs[first + _BETA]:
+                    grads[first + _BETA] = dbeta.to(beta.dtype)
+                if act == "identity" and needs_residual:
+                    grads[first + _RESIDUAL] = dy
+                    needs_residual = False
+                if needs_input or needs_residual:
+                    sums = (dgamma, dbeta) if batch_stats and needs_input else (None, None)
+                    dy, dresidual = phases.bn_bwd_apply(*state, *sums, act, slope, needs_residual)
+                    if needs_residual:
+                        grads[first + _RESIDUAL] = dresidual
+            if not needs_input:
+                break
+            if weight is not None:
+                dy = phases.conv_dgrad(
+                    dy, weight, ctx.input_sizes[i], stride, padding, dilation, groups
+                )
+        return None, None, None, dy if needs_x else None, *grads
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("bnfast has no forward-mode derivative: use reverse mode (backward)")
+
+
+def _conv_fwd_reduce(phases, x, weight, bias, stride, padding, dilation, groups, stats):
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=False
+        )
+    ]
+    _check_count(x, weight.shape[0], sizes if weight.dim() > 2 else ())
+    return phases.conv_fwd_reduce(
+        x, weight, bias, stride, padding, dilation, groups, *stats
+    )
+
+
+def _check_count(x: Tensor, channels: int | None = None, sizes: Sequence[int] | None = None) -> None:
+    """Raises as torch does where a channel has one value: its variance is undefined."""
+    shape = list(x.shape) if channels is None else [x.shape[0], channels, *sizes]
+    count = shape[0]
+    for size in shape[2:]:
+        count *= size
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")

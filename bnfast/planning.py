@@ -1,0 +1,661 @@
+"""From a block's trace to its plan: units, chains of units, and the code that runs them.
+
+A unit is found at its BatchNorm and grows both ways while each value on the way has one reader: a convolution in front, an
+addition and an activation behind. Units of which one reads nothing but the other's output form a chain. A chain runs at
+the place of its last operation, so it stops where something in between could write to what it reads.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from .nn import (
+    FROZEN_CLASSES,
+    NORM_CLASSES,
+    Guard,
+    Plan,
+    PlannedForward,
+    run_chain,
+    unsupported_conv,
+)
+from .tracing import Trace, Untraceable, trace
+
+CONV_CLASSES = {*FROZEN_CLASSES, *FROZEN_CLASSES.values(), nn.Linear}
+BN_CLASSES = {*NORM_CLASSES, *NORM_CLASSES.values()}
+
+_ACT_MODULES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+_ACT_FUNCTIONS = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_ACT_METHODS = {"relu": "relu", "relu_": "relu"}
+_ADD_FUNCTIONS = {operator.add: False, operator.iadd: True, torch.add: False}
+_ADD_METHODS = {"add": False, "add_": True}
+
+# Operations that give the same values and, seen from outside, the same layout whether their input is NCHW or channels_last
+# once the block's outputs are put back.
+_LAYOUT_FREE_MODULES = (
+    *_ACT_MODULES,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+)
+_LAYOUT_FREE_FUNCTIONS = {
+    *_ACT_FUNCTIONS,
+    *_ADD_FUNCTIONS,
+    operator.mul,
+    operator.imul,
+    torch.mul,
+    torch.cat,
+    F.max_pool2d,
+    torch.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.dropout,
+    torch.sigmoid,
+}
+_LAYOUT_FREE_METHODS = {"relu", "relu_", "add", "add_", "mul", "mul_", "sigmoid"}
+
+# Operations whose output shares no memory with their inputs.
+_FRESH_FUNCTIONS = {operator.add, operator.mul, torch.add, torch.cat, F.silu, F.hardswish}
+
+
+@dataclass
+class FoundUnit:
+    """A unit in a graph, with the nodes that it takes the place of."""
+
+    bn: fx.Node
+    act: str = "identity"
+    slope: float = 0.01
+    conv: fx.Node | None = None
+    add: fx.Node | None = None
+    adds_in_place: bool = False
+    act_node: fx.Node | None = None
+
+    @property
+    def first(self) -> fx.Node:
+        return self.conv or self.bn
+
+    @property
+    def last(self) -> fx.Node:
+        return self.act_node or self.add or self.bn
+
+    @property
+    def residual(self) -> fx.Node | None:
+        # Read from the graph each time: other units' nodes are replaced while the plan is written.
+        return None if self.add is None else next(n for n in self.add.args if n is not self.bn)
+
+    def end_at_bn(self) -> None:
+        """Gives up the addition and the activation."""
+        self.add = self.act_node = None
+        self.act, self.slope, self.adds_in_place = "identity", 0.01, False
+
+    def nodes(self) -> list[fx.Node]:
+        return [n for n in (self.conv, self.bn, self.add, self.act_node) if n is not None]
+
+    def describe(self) -> str:
+        """For example "conv+bn+add+relu"."""
+        parts = ["conv"] if self.conv else []
+        parts.append("bn")
+        parts += ["add"] if self.add else []
+        parts += [self.act] if self.act != "identity" else []
+        return "+".join(parts)
+
+
+@dataclass
+class BlockPlans:
+    """A block's plans, and what they say about each BatchNorm (by its path within the block)."""
+
+    plans: tuple[Plan, ...] = ()
+    fused: dict[str, str] = field(default_factory=dict)  # path of bn -> "conv+bn+relu"
+    partners: dict[str, str] = field(default_factory=dict)  # path of conv or bn -> note for print(model)
+    unfused_conv: dict[str, str] = field(default_factory=dict)  # path of bn -> why its producer is not in the unit
+    left: dict[str, str] = field(default_factory=dict)  # path of bn -> why it is in no unit
+    reason: str | None = None  # why there is no plan
+
+
+def plans_of(
+    block: nn.Module,
+    backend: str,
+    memory_format: torch.memory_format | None,
+    small: dict[int, bool] | None = None,
+) -> BlockPlans:
+    """Plans for all modes that the block's forward can be in; empty, with the reason, where it has no trace or no unit.
+
+    small remembers, over the blocks of one model, which children are looked into from their parents.
+    """
+    if norm_act(block) is not None:
+        return _norm_act_plan(block, backend)
+    small = {} if small is None else small
+    for child in list(block.modules())[1:]:
+        if id(child) not in small:
+            small[id(child)] = _is_small(child)
+
+    def is_leaf(module: nn.Module, path: str) -> bool:
+        if not module._modules or is_norm(module) or has_hooks(module):
+            return True
+        return type(module).forward is not nn.Sequential.forward and not small[id(module)]
+
+    found = BlockPlans()
+    plans: list[Plan] = []
+    for training in dict.fromkeys((block.training, True, False)):
+        with _in_mode(block, training):
+            try:
+                traces = trace(block, is_leaf)
+            except Untraceable as error:
+                name = type(block).__name__
+                found.reason = found.reason or f"{name}.forward cannot be traced: {error}"
+                continue
+            for traced in traces:
+                plan = _Builder(block, traced, backend, memory_format, found).plan()
+                if plan is not None:
+                    plans.append(plan)
+        if not any("training" in names for t in traces for names in t.reads.values()):
+            break
+    found.plans = tuple(plans)
+    return found
+
+
+def _norm_act_plan(block: nn.Module, backend: str) -> BlockPlans:
+    """The plan of a timm BatchNormAct2d on its own: itself as one unit."""
+    act, slope = norm_act(block)
+
+    def run(self, x):
+        return run_chain(x, backend, (None, self, act, slope, None, False))
+
+    children = tuple((name, type(child)) for name, child in block._modules.items())
+    guards = [Guard((), type(block), children, (), False)]
+    guards += [
+        Guard((name,), type(child), None, _slope_of(child), True)
+        for name, child in block._modules.items()
+    ]
+    name = "bn" if act == "identity" else f"bn+{act}"
+    plan = Plan(run, f"run_chain: {name}", ("x",), frozenset(), tuple(guards))
+    return BlockPlans((plan,), {"": name})
+
+
+def _slope_of(module: nn.Module) -> tuple[tuple[str, float], ...]:
+    slope = module.__dict__.get("negative_slope")
+    return () if slope is None else (("negative_slope", slope),)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything hangs on the module's call."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class _in_mode:
+    """Sets `training` throughout a block for the time of a trace, and puts each module's own value back."""
+
+    def __init__(self, block: nn.Module, training: bool):
+        self.modules = [(m, m.training) for m in block.modules()]
+        self.training = training
+
+    def __enter__(self):
+        if self.training != self.modules[0][1]:
+            for module, _ in self.modules:
+                module.training = self.training
+
+    def __exit__(self, *error):
+        for module, training in self.modules:
+            module.training = training
+
+
+def _is_small(module: nn.Module) -> bool:
+    """One BatchNorm, few modules, and a forward that traces: worth looking into from its parent."""
+    below = list(module.modules())[1:]
+    if not below or len(below) > 8 or is_norm(module) or module.__module__.startswith("torch.nn"):
+        return False
+    if sum(is_norm(m) for m in below) != 1:
+        return False
+    try:
+        trace(module, lambda m, path: not m._modules or is_norm(m))
+    except Untraceable:
+        return False
+    return True
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm that units can hold: of an exact class of torch's, ours, or timm's with an activation."""
+    return type(module) in BN_CLASSES or norm_act(module) is not None
+
+
+def norm_act(module: nn.Module) -> tuple[str, float] | None:
+    """(act, negative slope) of timm's BatchNormAct2d, recognised without importing timm; None for anything else."""
+    cls = type(module)
+    if cls.__name__ != "BatchNormAct2d" or cls.__module__ != "timm.layers.norm_act":
+        return None
+    if type(module.drop) is not nn.Identity:
+        return None
+    act = module.act
+    if type(act) is nn.Identity:
+        return "identity", 0.0
+    name = _ACT_MODULES.get(type(act))
+    return None if name is None else (name, getattr(act, "negative_slope", 0.0))
+
+
+class _Builder:
+    """Makes one plan from one trace."""
+
+    def __init__(self, block, traced: Trace, backend, memory_format, found: BlockPlans):
+        self.block = block
+        self.traced = traced
+        self.graph = traced.graph
+        self.backend = backend
+        self.memory_format = memory_format
+        self.found = found
+        self.called: set[tuple[str, ...]] = set()  # modules that the plan runs without calling them
+        self.reads = traced.reads
+
+    def plan(self) -> Plan | None:
+        self._remove_transparent()
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.roots = self._alias_roots()
+        units = [unit for node in self.graph.nodes if (unit := self._unit_at(node)) is not None]
+        units = self._disjoint(units)
+        if not units:
+            return None
+        chains = self._chains(units)
+        for unit in units:
+            self._note(unit)
+        run_nodes = [self._replace(chain) for chain in chains]
+        if self.memory_format == torch.channels_last:
+            self._keep_layout(run_nodes)
+        self.graph.lint()
+        return self._compile()
+
+    # -- looking at nodes
+
+    def _module(self, node: Any) -> nn.Module | None:
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        return self.block.get_submodule(node.target)
+
+    def _remove_transparent(self) -> None:
+        """Takes Identity and dropout with probability 0 out of the graph."""
+        for node in list(self.graph.nodes):
+            module = self._module(node)
+            if module is None or len(node.args) != 1 or node.kwargs or has_hooks(module):
+                continue
+            names = {"Dropout": "p", "Dropout2d": "p", "StochasticDepth": "p", "DropPath": "drop_prob"}
+            attribute = names.get(type(module).__name__)
+            path = tuple(node.target.split("."))
+            if attribute is not None:
+                probability = getattr(module, attribute, 1)
+                if probability not in (0, None):
+                    continue
+                self.reads.setdefault(path, {})[attribute] = probability
+            elif type(module) is not nn.Identity:
+                continue
+            self.called.add(path)
+            node.replace_all_uses_with(node.args[0])
+            self.graph.erase_node(node)
+
+    def _act_of(self, node: fx.Node) -> tuple[str, float] | None:
+        """(act, slope) if the node is an activation that units know, applied to its first argument."""
+        module = self._module(node)
+        if module is not None:
+            name = _ACT_MODULES.get(type(module))
+            if name is None or len(node.args) != 1 or node.kwargs or has_hooks(module):
+                return None
+            if name == "leaky_relu":
+                path = tuple(node.target.split("."))
+                self.reads.setdefault(path, {})["negative_slope"] = module.negative_slope
+                return name, module.negative_slope
+            return name, 0.01
+        table = {"call_function": _ACT_FUNCTIONS, "call_method": _ACT_METHODS}.get(node.op, {})
+        name = table.get(node.target)
+        if name is None:
+            return None
+        slope = 0.01
+        if name == "leaky_relu":
+            slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+            if not isinstance(slope, (int, float)):
+                return None
+        return name, slope
+
+    def _add_of(self, node: fx.Node, value: fx.Node) -> tuple[fx.Node, bool] | None:
+        """(other operand, in place) if the node adds value and another node, without writing to the other one."""
+        table = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(node.op, {})
+        if node.target not in table or node.kwargs or len(node.args) != 2:
+            return None
+        in_place = table[node.target]
+        left, right = node.args
+        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left is right:
+            return None
+        if left is value:
+            return right, in_place
+        return None if in_place else (left, False)
+
+    def _unit_at(self, node: fx.Node) -> FoundUnit | None:
+        """The unit of a BatchNorm's node."""
+        bn = self._module(node)
+        if bn is None or not is_norm(bn) or len(node.args) != 1 or node.kwargs:
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        if sum(n.target == node.target for n in self.graph.nodes if n.op == "call_module") > 1:
+            self.found.left[node.target] = "it is called more than once in its block"
+            return None
+        if has_hooks(bn):
+            self.found.left[node.target] = "it has hooks"
+            return None
+        unit = FoundUnit(node)
+        why = self._why_no_conv(source)
+        if why is None:
+            unit.conv = source
+        elif why:
+            self.found.unfused_conv[node.target] = why
+        own_act = norm_act(bn)
+        if own_act is not None:
+            unit.act, unit.slope = own_act
+            return unit
+        reader = _only_reader(node)
+        if reader is not None and (act := self._act_of(reader)):
+            unit.act_node, (unit.act, unit.slope) = reader, act
+        elif reader is not None and (add := self._add_of(reader, node)):
+            unit.add, unit.adds_in_place = reader, add[1]
+            after = _only_reader(reader)
+            if after is not None and (act := self._act_of(after)):
+                unit.act_node, (unit.act, unit.slope) = after, act
+        # A later end is given up where something in between could write to what the unit reads.
+        if unit.last is not node and self._is_disturbed([unit]):
+            unit.end_at_bn()
+        return unit
+
+    def _why_no_conv(self, source: fx.Node) -> str | None:
+        """None where `source` is a convolution for the unit; else why not ("" where it is none at all)."""
+        conv = self._module(source)
+        if conv is None or not isinstance(conv, (nn.modules.conv._ConvNd, nn.Linear)):
+            return ""
+        if type(conv) not in CONV_CLASSES:
+            return f"{type(conv).__name__} is not an exact nn.Conv or nn.Linear"
+        if has_hooks(conv):
+            return "the convolution has hooks"
+        if len(source.users) > 1:
+            return "the convolution's output has another reader"
+        reason = unsupported_conv(conv)
+        if reason is not None:
+            return f"the convolution has {reason}"
+        if len(source.args) != 1 or source.kwargs or not isinstance(source.args[0], fx.Node):
+            return "the convolution is called with more than its input"
+        return None
+
+    def _disjoint(self, units: list[FoundUnit]) -> list[FoundUnit]:
+        """Where two units end in one addition, the one that comes later keeps it; the other's output is its residual."""
+        owners: dict[fx.Node, FoundUnit] = {}
+        for unit in units:
+            if unit.add is not None:
+                other = owners.get(unit.add)
+                if other is None or self.order[unit.bn] > self.order[other.bn]:
+                    owners[unit.add] = unit
+        for unit in units:
+            if unit.add is not None and owners[unit.add] is not unit:
+                unit.end_at_bn()
+        return units
+
+    # -- what may be moved
+
+    def _alias_roots(self) -> dict[fx.Node, frozenset[fx.Node]]:
+        """For each node the values whose memory its output may share."""
+        roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in self.graph.nodes:
+            module = self._module(node)
+            fresh = (node.op == "call_function" and node.target in _FRESH_FUNCTIONS) or (
+                module is not None and (is_norm(module) or type(module) in CONV_CLASSES)
+            )
+            shared = frozenset().union(*(roots[n] for n in node.all_input_nodes)) if not fresh else frozenset()
+            roots[node] = shared | {node}
+        return roots
+
+    def _writes(self, node: fx.Node) -> Iterable[fx.Node]:
+        """The arguments that a node may write to."""
+        inputs = node.all_input_nodes
+        if node.op == "call_method":
+            name = node.target
+            return inputs[:1] if name.endswith("_") and not name.endswith("__") else ()
+        if node.op == "call_module":
+            module = self._module(node)
+            below = list(module.modules())
+            if any(getattr(m, "inplace", False) is True for m in below):
+                return inputs
+            return () if all(m.__module__.startswith("torch.nn") or is_norm(m) for m in below) else inputs
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
+            in_place |= name.endswith("_") and not name.startswith("_")
+            in_place |= node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+            in_place |= any(a is True for a in node.args[1:]) and node.target in _ACT_FUNCTIONS
+            in_place |= node.target in (operator.setitem, setattr)
+            return inputs if in_place else ()
+        return ()
+
+    def _is_disturbed(self, units: list[FoundUnit]) -> bool:
+        """Whether running the units at the place of the last one could see values that were written to in between."""
+        own = {node for unit in units for node in unit.nodes()}
+        start, end = self.order[units[0].first], self.order[units[-1].last]
+        read = set(self.roots[units[0].first.args[0]])
+        for node in self.graph.nodes:
+            at = self.order[node]
+            if start < at < end:
+                if node not in own and any(read & self.roots[n] for n in self._writes(node)):
+                    return True
+                for unit in units:
+                    if unit.last is node and unit.residual is not None:
+                        read |= self.roots[unit.residual]
+        return False
+
+    def _chains(self, units: list[FoundUnit]) -> list[list[FoundUnit]]:
+        chains: list[list[FoundUnit]] = []
+        ends: dict[fx.Node, list[FoundUnit]] = {}
+        for unit in units:
+            chain = ends.pop(unit.first.args[0], None)
+            if (
+                chain is not None
+                and _only_reader(chain[-1].last) is unit.first
+                and unit.residual is not chain[-1].last
+                and not self._is_disturbed([*chain, unit])
+            ):
+                chain.append(unit)
+            else:
+                if chain is not None:
+                    ends[chain[-1].last] = chain
+                chain = [unit]
+                chains.append(chain)
+            ends[unit.last] = chain
+        return chains
+
+    # -- writing the plan
+
+    def _note(self, unit: FoundUnit) -> None:
+        self.found.fused[unit.bn.target] = unit.describe()
+        parts = [n.target if n.op == "call_module" else None for n in unit.nodes()]
+        conv_and_bn = [p for p in parts if p is not None]
+        words = "+".join(
+            part.rsplit(".", 1)[-1] for part in conv_and_bn[: 1 + (unit.conv is not None)]
+        )
+        words += "+add" if unit.add is not None else ""
+        words += f"+{unit.act}" if unit.act != "identity" else ""
+        self.found.partners[unit.bn.target] = words
+        if unit.conv is not None:
+            self.found.partners[unit.conv.target] = words
+
+    def _replace(self, chain: list[FoundUnit]) -> fx.Node:
+        """Puts one call of run_chain in the place of a chain's nodes."""
+        last = chain[-1].last
+        with self.graph.inserting_before(last):
+            entries = []
+            for unit in chain:
+                modules = []
+                for node in (unit.conv, unit.bn):
+                    modules.append(None if node is None else self.graph.get_attr(node.target))
+                entries.append(
+                    (*modules, unit.act, unit.slope, unit.residual, unit.adds_in_place)
+                )
+            call = self.graph.call_function(
+                run_chain, (chain[0].first.args[0], self.backend, *entries)
+            )
+        last.replace_all_uses_with(call)
+        for unit in reversed(chain):
+            for node in reversed(unit.nodes()):
+                if node.op == "call_module":
+                    self.called.add(tuple(node.target.split(".")))
+                self.graph.erase_node(node)
+        return call
+
+    def _keep_layout(self, run_nodes: list[fx.Node]) -> None:
+        """Runs the block in channels_last where its input is plain NCHW, and hands out what NCHW would have given.
+
+        Values that come from a converted input stay in channels_last through operations that do not show it; anything else
+        that reads one, the caller included, gets it back in NCHW.
+        """
+        free: set[fx.Node] = set()
+        chains = set(run_nodes)
+        converted: list[fx.Node] = []
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        after_inputs = next(n for n in self.graph.nodes if n.op != "placeholder")
+        for given in inputs:
+            if given.target in self.traced.list_inputs:
+                continue
+            readers = [n for n in given.users if n in chains or self._is_layout_free(n)]
+            if not any(n in chains or self._module(n) is not None for n in readers):
+                continue
+            with self.graph.inserting_before(after_inputs):
+                inside = self.graph.call_function(to_channels_last, (given,))
+            for reader in readers:
+                reader.replace_input_with(given, inside)
+            converted.append(given)
+            free.add(inside)
+        if not converted:
+            return
+        with self.graph.inserting_before(after_inputs):
+            was_nchw = self.graph.call_function(is_plain_nchw, (converted[0],))
+        for node in list(self.graph.nodes):
+            if node in free or node is was_nchw:
+                continue
+            from_free = [n for n in node.all_input_nodes if n in free]
+            if not from_free:
+                continue
+            if node in chains or self._is_layout_free(node):
+                free.add(node)
+                continue
+            for value in from_free:
+                with self.graph.inserting_before(node):
+                    back = self.graph.call_function(back_to_nchw, (value, was_nchw))
+                node.replace_input_with(value, back)
+
+    def _is_layout_free(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            if type(module) in _LAYOUT_FREE_MODULES or is_norm(module) or type(module) in CONV_CLASSES:
+                return not getattr(module, "return_indices", False)
+            return isinstance(module.__dict__.get("forward"), PlannedForward)
+        if node.op == "call_function":
+            if node.target is torch.flatten:
+                return len(node.args) == 2 and node.args[1] == 1 and not node.kwargs
+            return node.target in _LAYOUT_FREE_FUNCTIONS
+        return node.op == "call_method" and node.target in _LAYOUT_FREE_METHODS
+
+    def _compile(self) -> Plan:
+        code = self.graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<bnfast plan of {type(self.block).__name__}>", "exec"), namespace)
+        return Plan(
+            run=namespace["forward"],
+            source=code.src,
+            inputs=self.traced.inputs,
+            list_inputs=self.traced.list_inputs,
+            guards=self._guards(),
+        )
+
+    def _guards(self) -> tuple[Guard, ...]:
+        paths = {*self.traced.visited, *self.called, *self.reads}
+        guards = []
+        for path in sorted(paths):
+            module = self.block.get_submodule(".".join(path))
+            inlined = path in self.traced.visited
+            guards.append(
+                Guard(
+                    path=path,
+                    cls=_class_after(module),
+                    children=tuple((n, _class_after(m)) for n, m in module._modules.items())
+                    if inlined
+                    else None,
+                    attributes=tuple(self.reads.get(path, {}).items()),
+                    is_called=bool(path) and (inlined or path in self.called),
+                )
+            )
+        return tuple(guards)
+
+
+def _class_after(module: nn.Module | None) -> type:
+    """The class that a module has once convert() is done."""
+    return (FROZEN_CLASSES | NORM_CLASSES).get(type(module), type(module))
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+# ---- what plans call ---------------------------------------------------------------------------------------------------
+
+
+def is_plain_nchw(x: torch.Tensor) -> bool:
+    """Whether a four-dimensional tensor is dense NCHW and nothing else."""
+    return (
+        isinstance(x, torch.Tensor)
+        and x.dim() == 4
+        and x.is_contiguous()
+        and (x.stride(1) != 1 or x.shape[1] == 1)
+        and x.numel() > 0
+    )
+
+
+def to_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x in channels_last if it is plain NCHW, else x."""
+    if not is_plain_nchw(x):
+        return x
+    y = x.contiguous(memory_format=torch.channels_last)
+    if y.stride(1) != 1:
+        # One channel: the layouts coincide, and only the strides tell convolutions which one is meant.
+        n, c, h, w = y.shape
+        y = y.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+    return y
+
+
+def back_to_nchw(x: Any, was_nchw: bool) -> Any:
+    """x in dense NCHW if the block's input was; what is no four-dimensional tensor as it is."""
+    if was_nchw and isinstance(x, torch.Tensor) and x.dim() == 4:
+        return x.contiguous()
+    return x
+

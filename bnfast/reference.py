@@ -1,0 +1,277 @@
+"""The phases in plain PyTorch: the specification that every backend is tested against.
+
+Notation. z [N, C, *] is a convolution's output and BatchNorm's input, M = N * (everything but C) the number of values per
+channel, r an optional residual of z's shape, dy the gradient of y. Per channel c, with a sum over the M values:
+
+    (1)  mean  = sum(z) / M
+    (2)  M2    = sum((z - mean)^2)
+    (3)  rstd  = 1 / sqrt(M2 / M + eps)                          0 where M2 / M + eps is 0, so that y = beta there
+    (4)  running_mean = (1 - f) running_mean + f mean
+         running_var  = (1 - f) running_var  + f M2 / (M - 1)    f = momentum, or 1 / num_batches_tracked where momentum is None
+    (5)  pre   = (z - mean) * (gamma * rstd) + beta [+ r]        in this order: beta - mean * scale would cancel
+    (6)  y     = act(pre)
+    (7)  db    = dy * act'(pre)
+    (8)  dbeta = sum(db);  dgamma = sum(db * (z - mean)) * rstd
+    (9)  dz    = gamma * rstd * (db - dbeta / M - (z - mean) * rstd * dgamma / M)
+    (10) dz    = gamma * rstd * db                               where the statistics are constants (evaluation mode)
+    (11) dr    = db
+    (12) dx    = the convolution transposed, from dz and W alone; the input of the convolution is not an argument
+
+Sums, statistics and (5) are float32 for 16-bit and float32 tensors and float64 for float64. The slope act' is taken at pre
+rounded to the dtype of y, so that forward and backward agree about every element.
+
+Shapes and dtypes, the same for all phases and backends: z, dy, residual [N, C, *] in f64, f32, bf16 or f16, any strides;
+mean, m2, rstd, dgamma, dbeta [C] float32 (float64 for float64); gamma, beta, running_mean, running_var [C] in any of these
+dtypes, or None; bits is a private uint8 tensor: whoever wrote it in `bn_fwd_apply` reads it in the backward phases.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Piecewise linear activations: one bit per element holds the slope where a residual hides the pre-activation.
+BIT_ACTS = ("relu", "relu6", "leaky_relu")
+# Smooth activations: the slope needs the pre-activation, so a residual in front of them is kept.
+SMOOTH_ACTS = ("silu", "hardswish")
+ACTS = ("identity", *BIT_ACTS, *SMOOTH_ACTS)
+
+
+def conv_fwd_reduce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z = conv(x, W) + bias, and its mean, M2 and rstd; updates the running statistics as `bn_fwd_reduce` does.
+
+    x [N, J, *], weight [C, J / groups, *]; a two-dimensional weight [C, J] is a linear layer on x [N, J].
+    """
+    z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    return z, *bn_fwd_reduce(z, running_mean, running_var, num_batches_tracked, momentum, eps)
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The convolution alone, or the linear layer where weight is [C, J]."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
+
+
+def bn_fwd_reduce(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, M2, rstd) of z, equations (1) to (3); updates the running statistics in place by (4) where given.
+
+    An empty batch gives mean 0, M2 0 and leaves the running statistics as they were; num_batches_tracked counts it.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    dims = [0, *range(2, z.dim())]
+    count = z.numel() // z.shape[1] if z.shape[1] else 0
+    acc = z.to(accumulator(z.dtype))
+    if count == 0:
+        mean = acc.new_zeros(z.shape[1])
+        return mean, mean.clone(), rstd_of(mean, eps)
+    mean = acc.mean(dims)
+    m2 = (acc - per_channel(mean, z)).square().sum(dims)
+    factor = 1.0 / num_batches_tracked if momentum is None else momentum
+    for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):
+        if running is not None:
+            running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
+    return mean, m2, rstd_of(m2 / count, eps)
+
+
+def bn_fwd_apply(
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, bits) by equations (5) and (6). bits is empty unless want_bits; slope is leaky_relu's negative slope."""
+    pre = _pre_activation(z, mean, rstd, gamma, beta, residual)
+    y = _act_value(pre, act, slope).to(z.dtype)
+    if not want_bits:
+        return y, torch.empty(0, dtype=torch.uint8, device=z.device)
+    return y, _pack_bits(_act_passes(pre.to(z.dtype), act))
+
+
+def bn_bwd_reduce(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    act: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) by equations (7) and (8).
+
+    The slope comes from bits where given; else from the pre-activation, which needs the residual that was in it.
+    """
+    dims = [0, *range(2, z.dim())]
+    db = _masked_gradient(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope)
+    centred = z.to(db.dtype) - per_channel(mean, z)
+    return (db * centred).sum(dims) * rstd, db.sum(dims)
+
+
+def bn_bwd_apply(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
+    act: str,
+    slope: float,
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dz, dresidual) by equations (9) and (11), or (10) where dgamma and dbeta are None; dresidual empty unless wanted."""
+    db = _masked_gradient(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope)
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    dz = db
+    if dgamma is not None and z.numel():
+        count = z.numel() // z.shape[1]
+        centred = z.to(db.dtype) - per_channel(mean, z)
+        dz = db - per_channel(dbeta / count, z) - centred * per_channel(rstd * dgamma / count, z)
+    dz = (dz * per_channel(scale, z)).to(z.dtype)
+    return dz, db.to(z.dtype) if want_dresidual else z.new_empty(0)
+
+
+def conv_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """dx [N, J, *input_size] by equation (12), from dz [N, C, *] and weight [C, J / groups, *] (or [C, J], linear)."""
+    if weight.dim() == 2:
+        return dz @ weight
+    output_padding = [
+        size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+        for size, out, s, p, d, k in zip(
+            input_size, dz.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    return torch.ops.aten.convolution(
+        dz, weight, None, stride, padding, dilation, True, output_padding, groups
+    )
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums over tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor, z: Tensor) -> Tensor:
+    """A [C] vector shaped to broadcast against z [N, C, *]."""
+    return vector.view(1, -1, *[1] * (z.dim() - 2))
+
+
+def rstd_of(var: Tensor, eps: float) -> Tensor:
+    """Equation (3) in the dtype of var; 0 where var + eps is 0."""
+    shifted = var + eps
+    return torch.where(shifted == 0, 0, shifted.rsqrt())
+
+
+def _pre_activation(z, mean, rstd, gamma, beta, residual):
+    """Equation (5) in the accumulator dtype."""
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    pre = (z.to(mean.dtype) - per_channel(mean, z)) * per_channel(scale, z)
+    if beta is not None:
+        pre = pre + per_channel(beta.to(mean.dtype), z)
+    return pre if residual is None else pre + residual.to(mean.dtype)
+
+
+def _act_value(pre, act, slope):
+    if act == "identity":
+        return pre
+    if act == "relu":
+        return F.relu(pre)
+    if act == "relu6":
+        return F.relu6(pre)
+    if act == "leaky_relu":
+        return F.leaky_relu(pre, slope)
+    if act == "silu":
+        return F.silu(pre)
+    return F.hardswish(pre)
+
+
+def _act_passes(pre, act):
+    """Where the gradient passes with slope 1. A NaN passes, as it does in PyTorch's own backward."""
+    if act == "relu6":
+        return ~((pre <= 0) | (pre >= 6))
+    return ~(pre <= 0) if act == "relu" else pre > 0
+
+
+def _act_slope(pre, act):
+    """act'(pre) of the smooth activations."""
+    if act == "silu":
+        s = torch.sigmoid(pre)
+        return s * (1 + pre * (1 - s))
+    return torch.where(pre <= -3, 0, torch.where(pre < 3, pre / 3 + 0.5, 1))
+
+
+def _masked_gradient(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope):
+    """Equation (7) in the accumulator dtype."""
+    db = dy.to(mean.dtype)
+    if act == "identity":
+        return db
+    if bits is not None:
+        passes = _unpack_bits(bits, z.shape)
+    else:
+        pre = _pre_activation(z, mean, rstd, gamma, beta, residual)
+        if act in SMOOTH_ACTS:
+            return db * _act_slope(pre, act)
+        passes = _act_passes(pre.to(z.dtype), act)
+    return torch.where(passes, db, db * slope if act == "leaky_relu" else 0)
+
+
+def _pack_bits(passes: Tensor) -> Tensor:
+    flat = passes.reshape(-1)
+    flat = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
+    return (flat * weights).sum(1, dtype=torch.uint8)
+
+
+def _unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = (bits.unsqueeze(1) >> shifts) & 1
+    return flat.view(-1)[: shape.numel()].view(shape).bool()

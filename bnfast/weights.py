@@ -1,0 +1,89 @@
+"""Transforms of frozen weights, computed once: the cache that only a package for frozen weights can have.
+
+An entry belongs to one weight tensor and dies with it. It is rebuilt when the weight is another tensor, moved, cast,
+restrided, changed in place (`_version`), or changed behind autograd's back (`weight.data`, numpy): a checksum over at most
+4,096 evenly spaced elements is compared at each use. A change that misses every sampled element needs `clear_cache()`.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 4096
+
+
+@dataclass
+class _Entry:
+    weight: weakref.ref
+    state: tuple
+    forms: dict[Hashable, Tensor] = field(default_factory=dict)
+
+
+_entries: dict[int, _Entry] = {}
+_ramps: dict[torch.device, Tensor] = {}
+
+
+def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """make(weight), computed once per form while the weight stays what it was. The result must not be written to."""
+    key = id(weight)
+    state = _state(weight)
+    entry = _entries.get(key)
+    if entry is None or entry.weight() is not weight or entry.state != state:
+        entry = _Entry(weakref.ref(weight, lambda ref, key=key: _forget(key, ref)), state)
+        _entries[key] = entry
+    if form not in entry.forms:
+        with torch.no_grad():
+            entry.forms[form] = make(weight.detach())
+    return entry.forms[form]
+
+
+def clear_cache() -> None:
+    """Forgets all transformed weights; they are computed again when next needed."""
+    _entries.clear()
+
+
+def cache_bytes() -> int:
+    """Bytes that the transformed weights take."""
+    return sum(t.nbytes for entry in list(_entries.values()) for t in entry.forms.values())
+
+
+def _forget(key: int, ref: weakref.ref) -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry.weight is ref:
+        del _entries[key]
+
+
+def _state(weight: Tensor) -> tuple:
+    version = None if weight.is_inference() else weight._version
+    return (
+        weight.data_ptr(),
+        version,
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.device,
+        _checksum(weight),
+    )
+
+
+def _checksum(weight: Tensor) -> float | str:
+    with torch.no_grad():
+        flat = weight.detach()
+        if flat.is_contiguous():
+            flat = flat.view(-1)
+        elif flat.dim() == 4 and flat.is_contiguous(memory_format=torch.channels_last):
+            flat = flat.permute(0, 2, 3, 1).reshape(-1)
+        else:
+            flat = flat.reshape(-1)
+        step = max(1, -(-flat.numel() // _SAMPLES))
+        sample = flat[::step].to(torch.float64)
+        ramp = _ramps.get(weight.device)
+        if ramp is None:
+            # Distinct factors, so that exchanged elements do not cancel.
+            ramp = torch.linspace(1, 2, _SAMPLES, dtype=torch.float64, device=weight.device)
+            _ramps[weight.device] = ramp
+        value = torch.dot(sample, ramp[: sample.numel()]).item()
+    return value if value == value else "nan"

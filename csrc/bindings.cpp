@@ -1,0 +1,33 @@
+// The operators' schemas, and the few functions that are no operators. Implementations register in their own files.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "cpu/bn.h"
+
+TORCH_LIBRARY(bnfast, m) {
+  m.def(
+      "bn_fwd_reduce(Tensor z, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps) -> (Tensor mean, Tensor m2, Tensor rstd)");
+  m.def(
+      "bn_fwd_apply(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
+      "float slope, bool want_bits) -> (Tensor y, Tensor bits)");
+  m.def(
+      "bn_bwd_reduce(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+      "Tensor? bits, str act, float slope) -> (Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "bn_bwd_apply(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+      "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) "
+      "-> (Tensor dz, Tensor dresidual)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of bnfast; importing it registers torch.ops.bnfast.*";
+  m.def("cpu_capability", [] { return bnfast::cpu_capability().name; },
+        "The instruction set that the kernels use here: baseline, avx2 or avx512.");
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch"] = BNFAST_TORCH_VERSION;
+    return info;
+  }, "Compiler and PyTorch version that the extension was built with.");
+}

@@ -1,0 +1,498 @@
+// The BatchNorm phases as operators for the CPU: layout, channel parameters, units of work, and the merge of partial results.
+//
+// Units of work and the order in which their results are merged depend on the shape alone, so the bits do not depend on the
+// number of threads.
+#include "bn.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace bnfast {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlockLanes = 16;
+constexpr int64_t kUnit = 65536;         // elements of one unit of a reduction
+constexpr int64_t kMaxUnits = 128;       // ... of which there are not many more than this
+constexpr int64_t kApplyUnit = 32768;    // elements of one unit of an elementwise phase
+constexpr int64_t kRowLength = 64;       // rows are made at least this long, for loops that are worth starting
+constexpr int64_t kSmallPlane = 32;      // planes smaller than this are treated as rows ...
+constexpr int64_t kLongestRow = 32768;   // ... of at most this length
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::kFloat;
+    case at::kDouble: return Dtype::kDouble;
+    case at::kBFloat16: return Dtype::kBf16;
+    case at::kHalf: return Dtype::kF16;
+    default: TORCH_CHECK(false, "bnfast: z is ", t.scalar_type(), "; float32, float64, bfloat16 and float16 are allowed");
+  }
+}
+
+Act act_of(c10::string_view name) {
+  if (name == "identity") return Act::kIdentity;
+  if (name == "relu") return Act::kRelu;
+  if (name == "relu6") return Act::kRelu6;
+  if (name == "leaky_relu") return Act::kLeakyRelu;
+  if (name == "silu") return Act::kSilu;
+  if (name == "hardswish") return Act::kHardswish;
+  TORCH_CHECK(false, "bnfast: act is '", name, "'; identity, relu, relu6, leaky_relu, silu and hardswish are allowed");
+}
+
+// How a tensor lies in memory; see bn.h.
+struct Layout {
+  bool rows = false;
+  int64_t channels = 0, batch = 0, plane = 0;   // N, C and the product of the other sizes
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;
+  int64_t inner = 1;    // rows: neighbouring elements that share a channel (a small NCHW plane), 1 in channels_last
+  int64_t length = 0;   // rows: elements of one row
+
+  int64_t count() const { return batch * plane; }
+  int64_t numel() const { return batch * plane * channels; }
+  int64_t whole_rows() const { return numel() / length; }
+  int64_t parameters() const { return rows ? length : channels; }
+  int64_t channel_of(int64_t j) const { return rows ? (j / inner) % channels : j; }
+  int64_t bit_bytes() const {
+    const int64_t words = rows ? ceil_div(numel(), kBlockLanes) : batch * channels * ceil_div(plane, kBlockLanes);
+    return 2 * words;
+  }
+};
+
+Layout layout_of(const Tensor& z) {
+  Layout l;
+  l.batch = z.size(0);
+  l.channels = z.size(1);
+  l.plane = 1;
+  for (int64_t d = 2; d < z.dim(); ++d) l.plane *= z.size(d);
+  const bool last = (z.dim() == 4 && z.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+                    (z.dim() == 5 && z.is_contiguous(at::MemoryFormat::ChannelsLast3d));
+  if (last && !z.is_contiguous()) {
+    l.format = z.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  } else if (l.plane > 1) {
+    l.inner = l.plane;
+  }
+  l.rows = l.inner == 1 || (l.inner < kSmallPlane && l.inner * l.channels <= kLongestRow);
+  if (l.rows) {
+    const int64_t pixel = std::max<int64_t>(1, l.channels * l.inner);
+    const int64_t step = kBlockLanes / std::gcd(pixel, kBlockLanes);   // pixels until a row ends at a Block's end
+    l.length = pixel * step * std::max<int64_t>(1, kRowLength / (pixel * step));
+  }
+  return l;
+}
+
+// z dense in one of the two layouts, without a copy where it is already.
+Tensor dense(const Tensor& z) {
+  if (z.is_contiguous()) return z;
+  if (z.dim() == 4) return z.contiguous(z.suggest_memory_format());
+  if (z.dim() == 5 && z.is_contiguous(at::MemoryFormat::ChannelsLast3d)) return z;
+  return z.contiguous();
+}
+
+at::ScalarType accumulator(const Tensor& z) { return z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+void check_like(const Tensor& t, const Tensor& z, const char* name) {
+  TORCH_CHECK(t.sizes() == z.sizes() && t.scalar_type() == z.scalar_type(), "bnfast: ", name, " is ", t.scalar_type(), " ",
+              t.sizes(), "; it must be ", z.scalar_type(), " ", z.sizes(), " as z is");
+}
+
+void check_vector(const OptionalTensor& t, const Tensor& z, const char* name) {
+  TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == z.size(1)), "bnfast: ", name, " is of shape ", t->sizes(),
+              "; it must hold one value per channel, [", z.size(1), "]");
+}
+
+void check_z(const Tensor& z) {
+  TORCH_CHECK(z.dim() >= 2, "bnfast: z is of shape ", z.sizes(), "; it must be [N, C, ...]");
+}
+
+// A channel vector in the accumulator dtype, laid out for the kernels (bn.h).
+Tensor parameters_of(const Tensor& vector, const Layout& l, at::ScalarType acc) {
+  const Tensor values = vector.to(acc).contiguous();
+  if (!l.rows || (l.length == l.channels && l.inner == 1)) return values;
+  return values.repeat_interleave(l.inner).repeat(l.length / (l.channels * l.inner));
+}
+
+// Kernel arguments shared by the three phases that know the statistics; `keep` owns what the pointers point to.
+BnTensors arguments(const Tensor& z, const Layout& l, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                    const OptionalTensor& beta, const Tensor& residual, c10::string_view act, double slope,
+                    std::vector<Tensor>& keep) {
+  check_vector(mean, z, "mean");
+  check_vector(rstd, z, "rstd");
+  check_vector(gamma, z, "gamma");
+  check_vector(beta, z, "beta");
+  const auto acc = accumulator(z);
+  const Tensor scale = gamma ? gamma->to(acc) * rstd.to(acc) : rstd.to(acc);
+  keep.push_back(parameters_of(mean, l, acc));
+  keep.push_back(parameters_of(scale, l, acc));
+  keep.push_back(beta ? parameters_of(*beta, l, acc) : at::zeros({l.parameters()}, z.options().dtype(acc)));
+  BnTensors t;
+  t.z = z.const_data_ptr();
+  t.mean = keep[0].const_data_ptr();
+  t.scale = keep[1].const_data_ptr();
+  t.beta = keep[2].const_data_ptr();
+  t.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
+  t.act = act_of(act);
+  t.slope = slope;
+  return t;
+}
+
+const BnKernels& kernels_for(const Tensor& z) { return cpu_capability().bn[static_cast<int>(dtype_of(z))]; }
+
+// ---- units of work ----------------------------------------------------------------------------------------------------
+
+// Rows of a reduction, in units of whole rows, with the last partial row (if any) as a unit of its own.
+struct RowUnits {
+  int64_t length, whole, tail, rows_per_unit, units;
+
+  explicit RowUnits(const Layout& l)
+      : length(l.length),
+        whole(l.whole_rows()),
+        tail(l.numel() % l.length),
+        rows_per_unit(std::max<int64_t>({1, kUnit / l.length, ceil_div(l.whole_rows(), kMaxUnits)})),
+        units(ceil_div(whole, rows_per_unit) + (tail ? 1 : 0)) {}
+
+  bool is_tail(int64_t u) const { return tail && u == units - 1; }
+  RowSpan span(int64_t u) const {
+    if (is_tail(u)) return {length, whole * length, whole * length + tail};
+    const int64_t first = u * rows_per_unit;
+    return {length, first * length, std::min(whole, first + rows_per_unit) * length};
+  }
+  // Values behind place j of unit u's partial result.
+  int64_t count(int64_t u, int64_t j) const {
+    if (is_tail(u)) return j < tail ? 1 : 0;
+    const RowSpan s = span(u);
+    return (s.end - s.begin) / length;
+  }
+};
+
+// Planes of a reduction. A unit is a block of channels times a range of images, or a piece of one large plane; the partial
+// results of all units that share their images and piece are one "slice" of C values.
+struct PlaneUnits {
+  int64_t channels, plane, batch, per_piece, pieces, channel_block, image_block, channel_units, slices;
+
+  explicit PlaneUnits(const Layout& l) : channels(l.channels), plane(l.plane), batch(l.batch) {
+    pieces = ceil_div(plane, kUnit);
+    per_piece = ceil_div(ceil_div(plane, pieces), kBlockLanes) * kBlockLanes;
+    pieces = ceil_div(plane, per_piece);
+    channel_block = std::clamp<int64_t>(4096 / plane, 1, channels);
+    image_block = pieces > 1 ? 1 : std::clamp<int64_t>(kUnit / (channel_block * plane), 1, batch);
+    channel_units = ceil_div(channels, channel_block);
+    slices = ceil_div(batch, image_block) * pieces;
+  }
+
+  int64_t units() const { return slices * channel_units; }
+  int64_t slice(int64_t u) const { return u / channel_units; }
+  PlaneSpan span(int64_t u) const {
+    const int64_t c = u % channel_units * channel_block, n = slice(u) / pieces * image_block;
+    const int64_t s = slice(u) % pieces * per_piece;
+    return {channels, plane, n, std::min(batch, n + image_block), c, std::min(channels, c + channel_block),
+            s, std::min(plane, s + per_piece)};
+  }
+  int64_t count(int64_t slice) const {
+    const PlaneSpan s = span(slice * channel_units);
+    return (s.n_end - s.n_begin) * (s.s_end - s.s_begin);
+  }
+};
+
+// Runs f(unit) for all units on the intra-op threads.
+template <class F>
+void for_units(int64_t units, F f) {
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) f(u);
+  });
+}
+
+// Runs an elementwise phase over the whole tensor.
+void apply_all(const Layout& l, const BnTensors& t, void (*rows)(const BnTensors&, RowSpan),
+               void (*planes)(const BnTensors&, PlaneSpan)) {
+  if (l.rows) {
+    const int64_t per_unit = std::max<int64_t>(1, kApplyUnit / l.length) * l.length;
+    for_units(ceil_div(l.numel(), per_unit), [&](int64_t u) {
+      rows(t, {l.length, u * per_unit, std::min(l.numel(), (u + 1) * per_unit)});
+    });
+    return;
+  }
+  const int64_t pieces = ceil_div(l.plane, kApplyUnit), together = std::max<int64_t>(1, kApplyUnit / l.plane);
+  const int64_t per_piece = ceil_div(ceil_div(l.plane, pieces), kBlockLanes) * kBlockLanes;
+  const int64_t channel_units = ceil_div(l.channels, together);
+  for_units(l.batch * channel_units * pieces, [&](int64_t u) {
+    const int64_t n = u / (channel_units * pieces), c = u / pieces % channel_units * together, s = u % pieces * per_piece;
+    planes(t, {l.channels, l.plane, n, n + 1, c, std::min(l.channels, c + together), s, std::min(l.plane, s + per_piece)});
+  });
+}
+
+// Two partial results per unit, [units, places] each, uninitialised.
+struct Partials {
+  Tensor first, second;
+  Partials(int64_t units, int64_t places, const Tensor& z)
+      : first(at::empty({units, places}, z.options().dtype(accumulator(z)))), second(at::empty_like(first)) {}
+};
+
+// Calls merge(first, second, n, channel) for each partial result, in a fixed order.
+template <class A, class F>
+void for_partials(const Layout& l, const Partials& partials, F merge) {
+  const A* first = partials.first.const_data_ptr<A>();
+  const A* second = partials.second.const_data_ptr<A>();
+  if (l.rows) {
+    const RowUnits units(l);
+    for (int64_t u = 0; u < units.units; ++u) {
+      for (int64_t j = 0, c = 0, i = 0; j < l.length; ++j) {
+        const int64_t n = units.count(u, j);
+        if (n) merge(first[u * l.length + j], second[u * l.length + j], n, c);
+        if (++i == l.inner) i = 0, c = c + 1 == l.channels ? 0 : c + 1;
+      }
+    }
+  } else {
+    const PlaneUnits units(l);
+    for (int64_t slice = 0; slice < units.slices; ++slice) {
+      const int64_t n = units.count(slice);
+      for (int64_t c = 0; c < l.channels; ++c) {
+        merge(first[slice * l.channels + c], second[slice * l.channels + c], n, c);
+      }
+    }
+  }
+}
+
+// ---- the phases -------------------------------------------------------------------------------------------------------
+
+// Mean and M2 of the channels in double: partial results merged by Chan's formula.
+template <class A>
+void merge_moments(const Layout& l, const Partials& partials, std::vector<double>& mean, std::vector<double>& m2) {
+  std::vector<double> count(l.channels, 0.0);
+  for_partials<A>(l, partials, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
+    const double total = count[c] + n, d = part_mean - mean[c], weight = n / total;
+    mean[c] += d * weight;
+    m2[c] += part_m2 + d * d * count[c] * weight;
+    count[c] = total;
+  });
+}
+
+void update_running(Tensor& running, const std::vector<double>& batch, double factor) {
+  const Tensor values = at::empty({static_cast<int64_t>(batch.size())}, at::kDouble);
+  double* v = values.mutable_data_ptr<double>();
+  const Tensor old = running.to(at::kDouble).contiguous();
+  const double* o = old.const_data_ptr<double>();
+  for (size_t c = 0; c < batch.size(); ++c) v[c] = (1 - factor) * o[c] + factor * batch[c];
+  running.copy_(values);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTensor running_mean, OptionalTensor running_var,
+                                                 OptionalTensor num_batches_tracked, std::optional<double> momentum,
+                                                 double eps) {
+  check_z(z_in);
+  check_vector(running_mean, z_in, "running_mean");
+  check_vector(running_var, z_in, "running_var");
+  TORCH_CHECK(momentum || num_batches_tracked || !(running_mean || running_var),
+              "bnfast: momentum is None; that needs num_batches_tracked");
+  const Tensor z = dense(z_in);
+  const Layout l = layout_of(z);
+  const BnKernels& kernels = kernels_for(z);
+  const auto options = z.options().dtype(accumulator(z));
+  if (num_batches_tracked) num_batches_tracked->add_(1);
+
+  std::vector<double> mean(l.channels, 0.0), m2(l.channels, 0.0);
+  if (l.numel() > 0) {
+    BnTensors t;
+    t.z = z.const_data_ptr();
+    const int64_t size = options.dtype().itemsize();
+    const auto at_row = [&](const Tensor& part, int64_t row) {
+      return static_cast<char*>(part.mutable_data_ptr()) + row * l.parameters() * size;
+    };
+    if (l.rows) {
+      const RowUnits units(l);
+      Partials partials(units.units, l.length, z);
+      for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
+        std::vector<char> scratch(2 * l.length * size);
+        kernels.fwd_reduce_rows(t, units.span(u), at_row(partials.first, u), at_row(partials.second, u), scratch.data());
+      });
+      if (units.tail) {
+        // One value per place: the value is the mean, and M2 is 0.
+        const int64_t last = units.units - 1, begin = z.storage_offset() + units.span(last).begin;
+        partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
+        partials.second[last].zero_();
+      }
+      if (size == 8) merge_moments<double>(l, partials, mean, m2);
+      else merge_moments<float>(l, partials, mean, m2);
+    } else {
+      const PlaneUnits units(l);
+      Partials partials(units.slices, l.channels, z);
+      for_units(units.units(), [&](int64_t u) {
+        kernels.fwd_reduce_planes(t, units.span(u), at_row(partials.first, units.slice(u)),
+                                  at_row(partials.second, units.slice(u)));
+      });
+      if (size == 8) merge_moments<double>(l, partials, mean, m2);
+      else merge_moments<float>(l, partials, mean, m2);
+    }
+  }
+
+  const double count = static_cast<double>(l.count());
+  if (count > 0 && (running_mean || running_var)) {
+    const double factor = momentum ? *momentum : 1.0 / num_batches_tracked->item<int64_t>();
+    if (running_mean) update_running(*running_mean, mean, factor);
+    if (running_var) {
+      std::vector<double> unbiased(m2);
+      for (double& value : unbiased) value /= std::max(count - 1, 1.0);
+      update_running(*running_var, unbiased, factor);
+    }
+  }
+  Tensor mean_out = at::empty({l.channels}, options), m2_out = at::empty({l.channels}, options),
+         rstd_out = at::empty({l.channels}, options);
+  const auto write = [&](auto* mean_ptr, auto* m2_ptr, auto* rstd_ptr) {
+    for (int64_t c = 0; c < l.channels; ++c) {
+      const double shifted = (count > 0 ? m2[c] / count : 0.0) + eps;
+      mean_ptr[c] = mean[c];
+      m2_ptr[c] = m2[c];
+      rstd_ptr[c] = shifted == 0 ? 0.0 : 1.0 / std::sqrt(shifted);
+    }
+  };
+  if (options.dtype().itemsize() == 8) {
+    write(mean_out.mutable_data_ptr<double>(), m2_out.mutable_data_ptr<double>(), rstd_out.mutable_data_ptr<double>());
+  } else {
+    write(mean_out.mutable_data_ptr<float>(), m2_out.mutable_data_ptr<float>(), rstd_out.mutable_data_ptr<float>());
+  }
+  return {mean_out, m2_out, rstd_out};
+}
+
+std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
+                                        OptionalTensor beta, OptionalTensor residual_in, c10::string_view act, double slope,
+                                        bool want_bits) {
+  check_z(z_in);
+  if (residual_in) check_like(*residual_in, z_in, "residual");
+  const Tensor z = dense(z_in);
+  const Layout l = layout_of(z);
+  const BnKernels& kernels = kernels_for(z);
+  const Tensor residual = residual_in ? residual_in->contiguous(l.format) : Tensor();
+  std::vector<Tensor> keep;
+  BnTensors t = arguments(z, l, mean, rstd, gamma, beta, residual, act, slope, keep);
+  Tensor y = at::empty_like(z);
+  Tensor bits = at::empty({want_bits ? l.bit_bytes() : 0}, z.options().dtype(at::kByte));
+  t.out = y.mutable_data_ptr();
+  t.bits = want_bits ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
+  if (l.numel() > 0) apply_all(l, t, kernels.fwd_apply_rows, kernels.fwd_apply_planes);
+  return {y, bits};
+}
+
+// Sets what the two backward phases share.
+struct Backward {
+  Tensor z, dy, residual;
+  Layout layout;
+  std::vector<Tensor> keep;
+  BnTensors tensors;
+
+  Backward(const Tensor& dy_in, const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+           const OptionalTensor& beta, const OptionalTensor& residual_in, const OptionalTensor& bits, c10::string_view act,
+           double slope) {
+    check_z(z_in);
+    check_like(dy_in, z_in, "dy");
+    if (residual_in) check_like(*residual_in, z_in, "residual");
+    z = dense(z_in);
+    layout = layout_of(z);
+    dy = dy_in.contiguous(layout.format);
+    if (residual_in) residual = residual_in->contiguous(layout.format);
+    tensors = arguments(z, layout, mean, rstd, gamma, beta, residual, act, slope, keep);
+    tensors.dy = dy.const_data_ptr();
+    if (bits) {
+      TORCH_CHECK(bits->numel() == layout.bit_bytes(), "bnfast: bits holds ", bits->numel(), " bytes; ", layout.bit_bytes(),
+                  " belong to z of shape ", z.sizes());
+      TORCH_CHECK(tensors.act != Act::kSilu && tensors.act != Act::kHardswish, "bnfast: bits is given; act '", act,
+                  "' needs the residual instead");
+      tensors.bits = const_cast<uint16_t*>(static_cast<const uint16_t*>(bits->const_data_ptr()));
+      tensors.slope_from = Slope::kFromBits;
+    } else if (residual.defined()) {
+      tensors.slope_from = Slope::kFromZAndResidual;
+    }
+  }
+};
+
+template <class A>
+void merge_sums(const Layout& l, const Partials& partials, std::vector<double>& sum_db, std::vector<double>& sum_db_z) {
+  for_partials<A>(l, partials, [&](double db, double db_z, int64_t, int64_t c) {
+    sum_db[c] += db;
+    sum_db_z[c] += db_z;
+  });
+}
+
+std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                         OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
+                                         OptionalTensor bits, c10::string_view act, double slope) {
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope);
+  const Layout& l = b.layout;
+  const BnKernels& kernels = kernels_for(b.z);
+  std::vector<double> sum_db(l.channels, 0.0), sum_db_z(l.channels, 0.0);
+  const auto acc = accumulator(z);
+  if (l.numel() > 0) {
+    const int64_t units = l.rows ? RowUnits(l).units : PlaneUnits(l).units();
+    Partials partials(l.rows ? units : PlaneUnits(l).slices, l.parameters(), z);
+    const int64_t size = acc == at::kDouble ? 8 : 4;
+    char* first = static_cast<char*>(partials.first.mutable_data_ptr());
+    char* second = static_cast<char*>(partials.second.mutable_data_ptr());
+    for_units(units, [&](int64_t u) {
+      if (l.rows) {
+        const int64_t at = u * l.length * size;
+        kernels.bwd_reduce_rows(b.tensors, RowUnits(l).span(u), first + at, second + at);
+      } else {
+        const PlaneUnits planes(l);
+        const int64_t at = planes.slice(u) * l.channels * size;
+        kernels.bwd_reduce_planes(b.tensors, planes.span(u), first + at, second + at);
+      }
+    });
+    if (acc == at::kDouble) merge_sums<double>(l, partials, sum_db, sum_db_z);
+    else merge_sums<float>(l, partials, sum_db, sum_db_z);
+  }
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  const int64_t c = l.channels;
+  const Tensor dgamma = at::from_blob(sum_db_z.data(), {c}, options).to(acc) * rstd.to(acc);
+  const Tensor dbeta = at::from_blob(sum_db.data(), {c}, options).to(acc, /*non_blocking=*/false, /*copy=*/true);
+  return {dgamma, dbeta};
+}
+
+std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                        OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
+                                        OptionalTensor bits, OptionalTensor dgamma, OptionalTensor dbeta,
+                                        c10::string_view act, double slope, bool want_dresidual) {
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope);
+  TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
+              "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
+  check_vector(dgamma, z, "dgamma");
+  check_vector(dbeta, z, "dbeta");
+  const Layout& l = b.layout;
+  Tensor dz = at::empty_like(b.z);
+  Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, z.options());
+  if (l.numel() == 0) return {dz, dresidual};
+  const auto acc = accumulator(z);
+  Tensor shift_db, shift_z;
+  if (dgamma) {
+    const double count = static_cast<double>(l.count());
+    shift_db = parameters_of(dbeta->to(acc) / count, l, acc);
+    shift_z = parameters_of(rstd.to(acc) * dgamma->to(acc) / count, l, acc);
+    b.tensors.shift_db = shift_db.const_data_ptr();
+    b.tensors.shift_z = shift_z.const_data_ptr();
+  }
+  b.tensors.out = dz.mutable_data_ptr();
+  b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  const BnKernels& kernels = kernels_for(b.z);
+  apply_all(l, b.tensors, kernels.bwd_apply_rows, kernels.bwd_apply_planes);
+  return {dz, dresidual};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
+  m.impl("bn_fwd_reduce", &bn_fwd_reduce);
+  m.impl("bn_fwd_apply", &bn_fwd_apply);
+  m.impl("bn_bwd_reduce", &bn_bwd_reduce);
+  m.impl("bn_bwd_apply", &bn_bwd_apply);
+}
+
+}  // namespace bnfast

@@ -1,0 +1,74 @@
+// The BatchNorm phases on the CPU: what the operators (bn.cpp) hand to the kernels (bn_kernels.h), and the table of kernels
+// that each capability provides. No torch headers here: kernels take pointers and sizes.
+//
+// A tensor is seen in one of two ways, and "channel parameters" are laid out to match:
+//   rows    memory is a sequence of rows of `length` elements, the same channel at the same place of every row; parameters are
+//           arrays of `length`. channels_last with C channels: length is a multiple of C (several pixels side by side), so
+//           that it is a multiple of 16 whatever C is. The last row may be partial.
+//   planes  memory is N x C planes of `plane` elements of one channel each; parameters are arrays of C. (NCHW.)
+#pragma once
+
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace bnfast {
+
+enum class Dtype : int { kFloat, kDouble, kBf16, kF16, kCount };
+
+// Where the backward finds the slope of the activation.
+enum class Slope : int { kFromZ, kFromZAndResidual, kFromBits };
+
+// All element pointers are of the phase's dtype, all channel parameters and partial results of its accumulator.
+struct BnTensors {
+  const void* z = nullptr;
+  const void* dy = nullptr;
+  const void* residual = nullptr;
+  void* out = nullptr;        // y, or dz
+  void* dresidual = nullptr;
+  uint16_t* bits = nullptr;   // one bit per element, a word per Block; planes start at a new word
+  const void* mean = nullptr;
+  const void* scale = nullptr;   // gamma * rstd
+  const void* beta = nullptr;
+  const void* shift_db = nullptr;   // dbeta / M; null where the statistics are constants
+  const void* shift_z = nullptr;    // rstd * dgamma / M
+  Act act = Act::kIdentity;
+  double slope = 0;
+  Slope slope_from = Slope::kFromZ;
+};
+
+// A run of whole rows, or the last, partial one: elements [begin, end) with begin a multiple of length.
+struct RowSpan { int64_t length, begin, end; };
+
+// Elements [s_begin, s_end) of the planes (n, c) with n, c in their ranges; s_begin is a multiple of 16.
+struct PlaneSpan {
+  int64_t channels, plane;
+  int64_t n_begin, n_end, c_begin, c_end, s_begin, s_end;
+};
+
+// Kernels of one capability for one dtype. Each call is one unit of work, done by one thread.
+struct BnKernels {
+  // bn_fwd_reduce: exact mean and M2 of the span per parameter place into first, second.
+  // rows: arrays of length, only whole rows; planes: arrays of C, written at c_begin .. c_end. scratch: 2 * length (rows).
+  void (*fwd_reduce_rows)(const BnTensors&, RowSpan, void* mean, void* m2, void* scratch);
+  void (*fwd_reduce_planes)(const BnTensors&, PlaneSpan, void* mean, void* m2);
+  // bn_fwd_apply.
+  void (*fwd_apply_rows)(const BnTensors&, RowSpan);
+  void (*fwd_apply_planes)(const BnTensors&, PlaneSpan);
+  // bn_bwd_reduce: sum(db) and sum(db * (z - mean)) of the span.
+  void (*bwd_reduce_rows)(const BnTensors&, RowSpan, void* sum_db, void* sum_db_z);
+  void (*bwd_reduce_planes)(const BnTensors&, PlaneSpan, void* sum_db, void* sum_db_z);
+  // bn_bwd_apply.
+  void (*bwd_apply_rows)(const BnTensors&, RowSpan);
+  void (*bwd_apply_planes)(const BnTensors&, PlaneSpan);
+};
+
+struct Capability {
+  const char* name;
+  BnKernels bn[static_cast<int>(Dtype::kCount)];
+};
+
+// The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.
+const Capability& cpu_capability();
+
+}  // namespace bnfast

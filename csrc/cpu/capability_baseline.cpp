@@ -1,0 +1,5 @@
+#include "capability_prelude.h"
+
+#define BNFAST_NAMESPACE baseline
+#define BNFAST_VECTOR_BYTES 16
+#include "capability.h"

@@ -1,0 +1,307 @@
+// A Block: 16 lanes of float or double in the machine's own vectors (one AVX-512 register, two AVX2, four SSE or NEON).
+//
+// All kernels compute on Blocks, in the same order on every instruction set, and the build has -ffp-contract=off: one
+// machine's bits are another's. Loads and stores convert f16 and bf16 (round to nearest even). Included once per
+// capability, inside its own namespace and its own target pragma; BNFAST_VECTOR_BYTES is the width of a register.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bnfast {
+
+// Storage formats; the torch types have the same layout.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+}  // namespace bnfast
+
+namespace bnfast::BNFAST_NAMESPACE {
+
+constexpr int kBlock = 16;
+
+// Arithmetic type of a storage type.
+template <class T> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> using acc_t = typename AccumulatorOf<T>::type;
+
+template <class A> struct Lanes;
+template <> struct Lanes<float> { using integer = int32_t; };
+template <> struct Lanes<double> { using integer = int64_t; };
+
+template <class A>
+struct Block {
+  static constexpr int kLanes = BNFAST_VECTOR_BYTES / sizeof(A);
+  static constexpr int kParts = kBlock / kLanes;
+  using Int = typename Lanes<A>::integer;
+  typedef A Vec __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
+  typedef Int IntVec __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
+
+  struct Mask {
+    IntVec part[kParts];
+    template <class F> static inline Mask make(F f) {
+      Mask m;
+      for (int p = 0; p < kParts; ++p) m.part[p] = f(p);
+      return m;
+    }
+    friend inline Mask operator!(const Mask& a) { return make([&](int p) { return ~a.part[p]; }); }
+    friend inline Mask operator|(const Mask& a, const Mask& b) {
+      return make([&](int p) { return a.part[p] | b.part[p]; });
+    }
+  };
+
+  Vec part[kParts];
+
+  Block() = default;
+  explicit inline Block(double value) {
+    for (int p = 0; p < kParts; ++p) part[p] = Vec{} + static_cast<A>(value);
+  }
+  template <class F> static inline Block make(F f) {
+    Block b;
+    for (int p = 0; p < kParts; ++p) b.part[p] = f(p);
+    return b;
+  }
+
+#define BNFAST_ARITHMETIC(op)                                            \
+  friend inline Block operator op(const Block& a, const Block& b) {      \
+    return make([&](int p) { return a.part[p] op b.part[p]; });          \
+  }
+  BNFAST_ARITHMETIC(+)
+  BNFAST_ARITHMETIC(-)
+  BNFAST_ARITHMETIC(*)
+  BNFAST_ARITHMETIC(/)
+#undef BNFAST_ARITHMETIC
+
+#define BNFAST_COMPARISON(op)                                            \
+  friend inline Mask operator op(const Block& a, const Block& b) {       \
+    return Mask::make([&](int p) { return a.part[p] op b.part[p]; });    \
+  }
+  BNFAST_COMPARISON(<)
+  BNFAST_COMPARISON(<=)
+  BNFAST_COMPARISON(>)
+  BNFAST_COMPARISON(>=)
+  BNFAST_COMPARISON(==)
+#undef BNFAST_COMPARISON
+
+  friend inline Block select(const Mask& m, const Block& a, const Block& b) {
+    return make([&](int p) { return m.part[p] ? a.part[p] : b.part[p]; });
+  }
+};
+
+// Sum of the 16 lanes in a fixed order.
+template <class A>
+inline A lane_sum(const Block<A>& b) {
+  A lane[kBlock];
+  std::memcpy(lane, b.part, sizeof(lane));
+  for (int step = kBlock / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  }
+  return lane[0];
+}
+
+// Lanes below n.
+template <class A>
+inline typename Block<A>::Mask first_lanes(int64_t n) {
+  using B = Block<A>;
+  return B::Mask::make([&](int p) {
+    typename B::IntVec index;
+    for (int i = 0; i < B::kLanes; ++i) index[i] = p * B::kLanes + i;
+    return index < static_cast<typename B::Int>(n);
+  });
+}
+
+// One bit per lane, lane 0 lowest.
+template <class A>
+inline uint16_t to_bits(const typename Block<A>::Mask& m) {
+  using B = Block<A>;
+  uint32_t bits = 0;
+  for (int p = 0; p < B::kParts; ++p) {
+    uint32_t part = 0;
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+    if constexpr (sizeof(A) == 4) part = _mm512_movepi32_mask((__m512i)m.part[p]);
+    else part = _mm512_movepi64_mask((__m512i)m.part[p]);
+#elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
+    if constexpr (sizeof(A) == 4) part = _mm256_movemask_ps((__m256)m.part[p]);
+    else part = _mm256_movemask_pd((__m256d)m.part[p]);
+#elif defined(__x86_64__)
+    if constexpr (sizeof(A) == 4) part = _mm_movemask_ps((__m128)m.part[p]);
+    else part = _mm_movemask_pd((__m128d)m.part[p]);
+#else
+    for (int i = 0; i < B::kLanes; ++i) part |= (m.part[p][i] ? 1u : 0u) << i;
+#endif
+    bits |= part << (p * B::kLanes);
+  }
+  return static_cast<uint16_t>(bits);
+}
+
+template <class A>
+inline typename Block<A>::Mask from_bits(uint16_t bits) {
+  using B = Block<A>;
+  return B::Mask::make([&](int p) {
+    typename B::IntVec bit;
+    for (int i = 0; i < B::kLanes; ++i) bit[i] = typename B::Int(1) << (p * B::kLanes + i);
+    return ((typename B::IntVec{} + static_cast<typename B::Int>(bits)) & bit) != 0;
+  });
+}
+
+// ---- loads and stores of one Block --------------------------------------------------------------------------------
+
+typedef uint16_t HalfWords __attribute__((vector_size(BNFAST_VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
+using FloatVec = Block<float>::Vec;
+using FloatMask = Block<float>::IntVec;
+
+inline Words widen(const uint16_t* from) {
+  HalfWords half;
+  std::memcpy(&half, from, sizeof(half));
+  return __builtin_convertvector(half, Words);
+}
+
+inline void narrow(Words words, uint16_t* to) {
+  const HalfWords half = __builtin_convertvector(words, HalfWords);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+inline FloatVec float_of_f16(const uint16_t* from) {
+  return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+inline void store_f16(FloatVec v, uint16_t* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
+inline FloatVec float_of_f16(const uint16_t* from) {
+  return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+inline void store_f16(FloatVec v, uint16_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without a conversion instruction: the exponent is moved by a multiplication, which is exact for subnormals too.
+inline FloatVec float_of_f16(const uint16_t* from) {
+  const Words h = widen(from);
+  const Words sign = (h & 0x8000u) << 16;
+  const Words magnitude = (h & 0x7fffu) << 13;
+  const FloatVec scaled = (FloatVec)magnitude * 0x1p112f;
+  const Words special = (Words)((h & 0x7c00u) == 0x7c00u);
+  return (FloatVec)(sign | (special & (magnitude | 0x7f800000u)) | (~special & (Words)scaled));
+}
+inline void store_f16(FloatVec v, uint16_t* to) {
+  const Words x = (Words)v;
+  const Words sign = (x >> 16) & 0x8000u;
+  const Words magnitude = x & 0x7fffffffu;
+  // Normal results: rebias, then round the 13 dropped bits to nearest even; a carry runs into the exponent as it should.
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 lines the last place of f16 up with the last place of the float, which rounds.
+  const FloatVec aligned = (FloatVec)magnitude + 0.5f;
+  const Words subnormal = (Words)aligned - 0x3f000000u;
+  const Words is_small = (Words)(magnitude < 0x38800000u);
+  const Words is_large = (Words)(magnitude >= 0x477ff000u);
+  const Words is_nan = (Words)(magnitude > 0x7f800000u);
+  Words h = (is_small & subnormal) | (~is_small & normal);
+  h = (~is_large & h) | (is_large & 0x7c00u);
+  h = (~is_nan & h) | (is_nan & 0x7e00u);
+  narrow(sign | h, to);
+}
+#endif
+
+inline Block<float> load_block(const float* from) {
+  Block<float> b;
+  std::memcpy(b.part, from, sizeof(b.part));
+  return b;
+}
+inline Block<double> load_block(const double* from) {
+  Block<double> b;
+  std::memcpy(b.part, from, sizeof(b.part));
+  return b;
+}
+inline Block<float> load_block(const bf16* from) {
+  const uint16_t* words = &from->bits;
+  return Block<float>::make(
+      [&](int p) { return (FloatVec)(widen(words + p * Block<float>::kLanes) << 16); });
+}
+inline Block<float> load_block(const f16* from) {
+  const uint16_t* words = &from->bits;
+  return Block<float>::make([&](int p) { return float_of_f16(words + p * Block<float>::kLanes); });
+}
+
+inline void store_block(float* to, const Block<float>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
+inline void store_block(double* to, const Block<double>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
+inline void store_block(bf16* to, const Block<float>& b) {
+  for (int p = 0; p < Block<float>::kParts; ++p) {
+    const Words x = (Words)b.part[p];
+    const Words rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
+    const Words is_nan = (Words)((x & 0x7fffffffu) > 0x7f800000u);
+    narrow((~is_nan & rounded) | (is_nan & ((x >> 16) | 0x40u)), &to->bits + p * Block<float>::kLanes);
+  }
+}
+inline void store_block(f16* to, const Block<float>& b) {
+  for (int p = 0; p < Block<float>::kParts; ++p) {
+    store_f16(b.part[p], &to->bits + p * Block<float>::kLanes);
+  }
+}
+
+// The first n < 16 lanes; the others are 0 on load and untouched on store.
+template <class T>
+inline Block<acc_t<T>> load_partial(const T* from, int64_t n) {
+  T lane[kBlock] = {};
+  std::memcpy(lane, from, n * sizeof(T));
+  return load_block(lane);
+}
+template <class T>
+inline void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
+  T lane[kBlock];
+  store_block(lane, b);
+  std::memcpy(to, lane, n * sizeof(T));
+}
+
+// The value that storing as T keeps.
+template <class T>
+inline Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return b;
+  } else {
+    T lane[kBlock];
+    store_block(lane, b);
+    return load_block(lane);
+  }
+}
+
+// ---- exp ----------------------------------------------------------------------------------------------------------
+
+// exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, Taylor's polynomial for e^r, 2^n by the exponent field.
+// Infinity above float's range, clamped where it would leave the normal numbers below; a NaN stays one.
+inline Block<float> exp(const Block<float>& x) {
+  return Block<float>::make([&](int p) {
+    const FloatVec given = x.part[p];
+    FloatVec v = given;
+    v = v > 88.3f ? FloatVec{} + 88.3f : v;
+    v = v < -87.3f ? FloatVec{} - 87.3f : v;
+    const FloatVec shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln2)
+    const FloatVec n = shifted - 12582912.0f;
+    const FloatVec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts, the first exact times n
+    FloatVec e = r * (1.0f / 5040) + (1.0f / 720);
+    e = e * r + (1.0f / 120);
+    e = e * r + (1.0f / 24);
+    e = e * r + (1.0f / 6);
+    e = e * r + 0.5f;
+    e = e * r * r + r + 1.0f;
+    e = (FloatVec)((FloatMask)e + (FloatMask)((Words)shifted << 23));
+    e = given > 88.72f ? FloatVec{} + INFINITY : e;
+    return given == given ? e : given;
+  });
+}
+
+inline Block<double> exp(const Block<double>& x) {
+  double lane[kBlock];
+  store_block(lane, x);
+  for (double& value : lane) value = std::exp(value);
+  return load_block(lane);
+}
+
+}  // namespace bnfast::BNFAST_NAMESPACE

@@ -1,0 +1,528 @@
+"""Do the phase tests notice a bug? Plants one at a time into a copy of the tree, rebuilds, and expects red.
+
+    python tests/mutations.py [--only PART_OF_A_NAME] [--check] [--jobs N]
+
+--check only verifies that each text to be replaced occurs exactly once. Exit status 1: a mutant survived, the copy does
+not build, or the unmutated copy is not green. The tree itself is never changed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
+VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
+NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
+COPIED = (
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "bnfast",
+    "csrc",
+    "tests",
+    "triton_kernels",
+)
+TESTS = ("tests/test_reference.py", "tests/test_backends.py")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace the only occurrence of `old` in `file` by `new`."""
+
+    phase: str
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    # bn_fwd_reduce, rows (channels_last)
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: tiles merged without the distance of their means",
+        KERNELS,
+        "load_block(tile_m2 + j) + d * d * m2_weight",
+        "load_block(tile_m2 + j)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: a tile's weight ignores what came before",
+        KERNELS,
+        "m2_weight(done * (rows / n))",
+        "m2_weight(rows * (rows / n))",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: squares around the mean of the first channels",
+        KERNELS,
+        "x - load_block(tile_mean + j)",
+        "x - load_block(tile_mean)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: squares around 0",
+        KERNELS,
+        "const Block<A> d = x - load_block(tile_mean + j);",
+        "const Block<A> d = x; (void)j;",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: last row of a tile forgotten",
+        KERNELS,
+        "for (; i < rows; ++i, z += length) {",
+        "for (; i + 1 < rows; ++i, z += length) {",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: places past the partial row counted",
+        OPERATORS,
+        "return j < tail ? 1 : 0;",
+        "return 1;",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: M2 of the partial row left unwritten",
+        OPERATORS,
+        "partials.second[last].zero_();",
+        "",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "rows: partial row read without the tensor's offset",
+        OPERATORS,
+        "begin = z.storage_offset() + units.span(last).begin",
+        "begin = units.span(last).begin",
+    ),
+    # bn_fwd_reduce, planes (NCHW)
+    Mutation(
+        "bn_fwd_reduce",
+        "planes: lanes past the end add the squared mean",
+        KERNELS,
+        "lanes == kBlock ? d * d : select(first_lanes<A>(lanes), d * d, Block<A>(0))",
+        "d * d",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "planes: the last partial block is skipped",
+        KERNELS,
+        "for (int i = 0; j < n; j += kBlock, ++i) {",
+        "for (int i = 0; j + kBlock <= n; j += kBlock, ++i) {",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "planes: one of the four sums dropped",
+        KERNELS,
+        "lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]))",
+        "lane_sum((sums[0] + sums[1]) + sums[2])",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "planes: a piece weighs as much as its plane",
+        OPERATORS,
+        "return (s.n_end - s.n_begin) * (s.s_end - s.s_begin);",
+        "return (s.n_end - s.n_begin) * plane;",
+    ),
+    # bn_fwd_reduce, both
+    Mutation(
+        "bn_fwd_reduce",
+        "units merged without the distance of their means",
+        OPERATORS,
+        "m2[c] += part_m2 + d * d * count[c] * weight;",
+        "m2[c] += part_m2;",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "running variance biased",
+        OPERATORS,
+        "value /= std::max(count - 1, 1.0);",
+        "value /= count;",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "momentum None counted before the increment",
+        OPERATORS,
+        "1.0 / num_batches_tracked->item<int64_t>()",
+        "1.0 / (num_batches_tracked->item<int64_t>() - 1)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "momentum the wrong way round",
+        OPERATORS,
+        "(1 - factor) * o[c] + factor * batch[c]",
+        "factor * o[c] + (1 - factor) * batch[c]",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "infinite rstd where variance and eps are 0",
+        OPERATORS,
+        "shifted == 0 ? 0.0 : 1.0 / std::sqrt(shifted)",
+        "1.0 / std::sqrt(shifted)",
+    ),
+    # bn_fwd_apply
+    Mutation(
+        "bn_fwd_apply",
+        "rows: bits of all rows of a unit in one place",
+        KERNELS,
+        "int64_t{0}, e / kBlock);",
+        "int64_t{0}, s.begin / kBlock);",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "rows: parameters of small planes interleaved wrongly",
+        OPERATORS,
+        "values.repeat_interleave(l.inner)",
+        "values.repeat(l.inner)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "planes: bits of all pieces of a plane in one place",
+        KERNELS,
+        "p * words + s.s_begin / kBlock);",
+        "p * words);",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "planes: parameters of the channel before",
+        KERNELS,
+        "s.s_end - s.s_begin, c, p * words",
+        "s.s_end - s.s_begin, c > s.c_begin ? c - 1 : c, p * words",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "beta - mean * scale folded, which cancels",
+        KERNELS,
+        "return (z - mean.at(j, lanes)) * scale.at(j, lanes) + beta.at(j, lanes);",
+        "return z * scale.at(j, lanes) + (beta.at(j, lanes) - mean.at(j, lanes) * scale.at(j, lanes));",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "bits from the pre-activation before rounding",
+        KERNELS,
+        "to_bits<A>(act.passes(rounded_to<T>(pre)))",
+        "to_bits<A>(act.passes(pre))",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "relu swallows a NaN",
+        ACTIVATIONS,
+        "return select(x < V(0), V(0), x); }",
+        "return select(x > V(0), x, V(0)); }",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "a coarse exponential",
+        VECTORS,
+        "e = e * r + (1.0f / 120);",
+        "e = e * r + (1.0f / 110);",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "bfloat16 truncated instead of rounded",
+        VECTORS,
+        "(x + 0x7fffu + ((x >> 16) & 1u)) >> 16",
+        "x >> 16",
+    ),
+    # bn_bwd_reduce, rows
+    Mutation(
+        "bn_bwd_reduce",
+        "rows: z not centred",
+        KERNELS,
+        "db_z_sum = db_z_sum + db * (zb - channel.mean.at(j, lanes));",
+        "db_z_sum = db_z_sum + db * zb;",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "rows: one row of four forgotten",
+        KERNELS,
+        "for (int i = 0; i < 4; ++i) add(",
+        "for (int i = 0; i < 3; ++i) add(",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "rows: the last rows add to one sum only",
+        KERNELS,
+        "store_partial(second + j, db_z_sum, lanes);",
+        "",
+    ),
+    # bn_bwd_reduce, planes
+    Mutation(
+        "bn_bwd_reduce",
+        "planes: z not centred",
+        KERNELS,
+        "sum = sum + db * (zb - channel.mean.at(j, lanes));",
+        "sum = sum + db * zb;",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "planes: every second block forgotten",
+        KERNELS,
+        "lane_sum(db_z_sum[0] + db_z_sum[1])",
+        "lane_sum(db_z_sum[0])",
+    ),
+    # bn_bwd_reduce, both
+    Mutation(
+        "bn_bwd_reduce",
+        "only the last unit counts",
+        OPERATORS,
+        "sum_db_z[c] += db_z;",
+        "sum_db_z[c] = db_z;",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "dgamma not scaled by rstd",
+        OPERATORS,
+        "{c}, options).to(acc) * rstd.to(acc);",
+        "{c}, options).to(acc, false, true);",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "mask from the pre-activation before rounding",
+        KERNELS,
+        "return act.masked(act.passes(rounded_to<T>(pre)), grad);",
+        "return act.masked(act.passes(pre), grad);",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "relu lets the gradient of 0 pass",
+        ACTIVATIONS,
+        "passes(V x) const { return !(x <= V(0)); }",
+        "passes(V x) const { return !(x < V(0)); }",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "relu stops the gradient of a NaN",
+        ACTIVATIONS,
+        "passes(V x) const { return !(x <= V(0)); }",
+        "passes(V x) const { return x > V(0); }",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "relu6 lets the gradient of 6 pass",
+        ACTIVATIONS,
+        "(x <= V(0)) | (x >= V(6))",
+        "(x <= V(0)) | (x > V(6))",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "slope of silu",
+        ACTIVATIONS,
+        "s * (V(1) + x * (V(1) - s))",
+        "s * (V(1) + x * (V(1) + s))",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "slope of hardswish at 3",
+        ACTIVATIONS,
+        "select(x < V(3), middle, dy)",
+        "select(x <= V(3), middle, dy)",
+    ),
+    # bn_bwd_apply
+    Mutation(
+        "bn_bwd_apply",
+        "without the mean of db",
+        KERNELS,
+        "(db - channel.shift_db.at(j, lanes)) -",
+        "db -",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "z not centred",
+        KERNELS,
+        "(zb - channel.mean.at(j, lanes)) * channel.shift_z.at(j, lanes);",
+        "zb * channel.shift_z.at(j, lanes);",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "rows: batch statistics treated as constants",
+        KERNELS,
+        "if constexpr (batch_statistics) {",
+        "if constexpr (batch_statistics && !kRows<Span>) {",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "gradient of the residual scaled",
+        KERNELS,
+        "if constexpr (has_residual) store(dr + e + j, db, lanes);",
+        "if constexpr (has_residual) store(dr + e + j, db * channel.scale.at(j, lanes), lanes);",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "dgamma's term without rstd",
+        OPERATORS,
+        "rstd.to(acc) * dgamma->to(acc) / count",
+        "dgamma->to(acc) / count",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "rows: the last elements of the last unit not written",
+        OPERATORS,
+        "std::min(l.numel(), (u + 1) * per_unit)});",
+        "std::min(l.numel() / l.length * l.length, (u + 1) * per_unit)});",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "planes: the last elements of a plane not written",
+        OPERATORS,
+        "std::min(l.plane, s + per_piece)});",
+        "std::min(std::max<int64_t>(1, l.plane - 1), s + per_piece)});",
+    ),
+    # the convolution
+    Mutation(
+        "conv_dgrad",
+        "rows of the input that no window reached",
+        REFERENCE,
+        "size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)",
+        "size - ((out - 1) * s - 2 * p + (k - 1) + 1)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "kernel not rotated",
+        NATIVE,
+        "w.to(dz.dtype).flip(list(range(2, w.dim())))",
+        "w.to(dz.dtype)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "channels of the groups exchanged",
+        NATIVE,
+        "return w.reshape(groups * in_per_group, out_per_group, *w.shape[3:]).contiguous(",
+        "return w.flip(0).reshape(groups * in_per_group, out_per_group, *w.shape[3:]).contiguous(",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "pixels that a strided 1x1 kernel skips left unwritten",
+        NATIVE,
+        "dx = torch.zeros(",
+        "dx = torch.empty(",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "bias forgotten",
+        REFERENCE,
+        "x, weight, bias, stride, padding, dilation, False",
+        "x, weight, None, stride, padding, dilation, False",
+    ),
+]
+
+
+def problems() -> list[str]:
+    """What is wrong with the table: texts that do not occur exactly once, mutants that change nothing."""
+    found = []
+    for m in MUTATIONS:
+        path = ROOT / m.file
+        times = path.read_text().count(m.old) if path.exists() else 0
+        if times != 1:
+            found.append(
+                f"{m.phase} / {m.name}: {m.old!r} occurs {times} times in {m.file}, not once"
+            )
+        if m.old == m.new:
+            found.append(f"{m.phase} / {m.name}: old and new text are the same")
+    names = [(m.phase, m.name) for m in MUTATIONS]
+    found += [f"{n} is there twice" for n in {n for n in names if names.count(n) > 1}]
+    return found
+
+
+def copy_tree(to: Path) -> None:
+    """The sources and tests, without what was built from them."""
+    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "build", "*.egg-info")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=unwanted)
+        elif source.exists():
+            shutil.copy2(source, to / name)
+
+
+def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+def build(tree: Path, jobs: int) -> str | None:
+    """Builds the extension in place; the end of the output where that fails."""
+    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, MAX_JOBS=str(jobs))
+    return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+
+
+def first_failure(tree: Path) -> str | None:
+    """The first failing test; None where all pass. Raises RuntimeError where the tests could not run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        *TESTS,
+    ]
+    done = run(command, tree)
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    crashed = done.returncode < 0  # a signal, as from an access out of bounds
+    if crashed or (done.returncode == 1 and failed):
+        return (
+            failed[0].split(" - ")[0].split("::", 1)[-1] if failed else f"signal {-done.returncode}"
+        )
+    raise RuntimeError(f"pytest ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutants whose phase or name contains this")
+    parser.add_argument("--check", action="store_true", help="verify the table, build nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilations"
+    )
+    args = parser.parse_args()
+    wrong = problems()
+    if wrong:
+        print("\n".join(wrong))
+        return 1
+    if args.check:
+        print(f"{len(MUTATIONS)} mutations, each text found once")
+        return 0
+    chosen = [m for m in MUTATIONS if args.only in f"{m.phase} {m.name}"]
+    if not chosen:
+        parser.error(f"--only {args.only!r} names no mutant")
+
+    with tempfile.TemporaryDirectory(prefix="bnfast-mutations-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        error = build(tree, args.jobs) or first_failure(tree)
+        if error:
+            print(f"the unmutated copy is not green: {error}")
+            return 1
+        survivors = [m for m in chosen if not tried(m, tree, args.jobs)]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants found")
+    return 1 if survivors else 0
+
+
+def tried(m: Mutation, tree: Path, jobs: int) -> bool:
+    """Plants one mutant, prints its row, takes it out again. True if the tests found it."""
+    path, start = tree / m.file, time.monotonic()
+    original = path.read_text()
+    path.write_text(original.replace(m.old, m.new))
+    try:
+        error = None if m.file.endswith(".py") else build(tree, jobs)
+        seen = None if error else first_failure(tree)
+    finally:
+        path.write_text(original)
+    verdict = f"does not build:\n{error}" if error else (seen or "SURVIVED")
+    print(f"{m.phase:16} {m.name:55} {time.monotonic() - start:5.0f} s  {verdict}", flush=True)
+    return seen is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
