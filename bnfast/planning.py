@@ -51,12 +51,10 @@ _ADD_FUNCTIONS = {operator.add: False, operator.iadd: True, torch.add: False}
 _ADD_METHODS = {"add": False, "add_": True}
 
 # Operations that give the same values and, seen from outside, the same layout whether their input is NCHW or channels_last
-# once the block's outputs are put back.
+# once the block's outputs are put back. Dropout is none: it draws its mask in the order of memory.
 _LAYOUT_FREE_MODULES = (
     *_ACT_MODULES,
     nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
@@ -75,7 +73,6 @@ _LAYOUT_FREE_FUNCTIONS = {
     torch.max_pool2d,
     F.avg_pool2d,
     F.adaptive_avg_pool2d,
-    F.dropout,
     torch.sigmoid,
 }
 _LAYOUT_FREE_METHODS = {"relu", "relu_", "add", "add_", "mul", "mul_", "sigmoid"}
@@ -231,11 +228,11 @@ class _in_mode:
 
 
 def _is_small(module: nn.Module) -> bool:
-    """One BatchNorm, few modules, and a forward that traces: worth looking into from its parent."""
+    """One BatchNorm at most, few modules, and a forward that traces: worth looking into from its parent."""
     below = list(module.modules())[1:]
     if not below or len(below) > 8 or is_norm(module) or module.__module__.startswith("torch.nn"):
         return False
-    if sum(is_norm(m) for m in below) != 1:
+    if sum(is_norm(m) for m in below) > 1:
         return False
     try:
         trace(module, lambda m, path: not m._modules or is_norm(m))
@@ -577,6 +574,8 @@ class _Builder:
     def _is_layout_free(self, node: fx.Node) -> bool:
         module = self._module(node)
         if module is not None:
+            if type(module).__name__ in ("StochasticDepth", "DropPath"):
+                return True  # one random number per image
             if type(module) in _LAYOUT_FREE_MODULES or is_norm(module) or type(module) in CONV_CLASSES:
                 return not getattr(module, "return_indices", False)
             return isinstance(module.__dict__.get("forward"), PlannedForward)

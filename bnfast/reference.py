@@ -97,7 +97,9 @@ def bn_fwd_reduce(
         return mean, mean.clone(), rstd_of(mean, eps)
     mean = acc.mean(dims)
     m2 = (acc - per_channel(mean, z)).square().sum(dims)
-    factor = 1.0 / num_batches_tracked if momentum is None else momentum
+    factor = momentum
+    if momentum is None and num_batches_tracked is not None:
+        factor = 1.0 / num_batches_tracked.double()
     for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):
         if running is not None:
             running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)

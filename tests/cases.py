@@ -125,10 +125,11 @@ class Inputs:
 
 def cases(full: bool = FULL) -> list[Case]:
     """The default set: each shape some times with everything else rotating; the full set: much more of the product."""
-    rounds = 12 if full else 3
-    shapes = SHAPES + (FULL_SHAPES if full else ())
+    rounds = 6 if full else 3
     rotating = _rotation()
-    found = [next(rotating)(shape) for _ in range(rounds) for shape in shapes]
+    found = [next(rotating)(shape) for _ in range(rounds) for shape in SHAPES]
+    if full:
+        found += [next(rotating)(shape) for _ in range(3) for shape in FULL_SHAPES]
     # Each activation with each slope source, dtype and mode on one awkward shape in both usual layouts.
     found += [
         Case((2, 17, 5, 7), dtype, layout, "mixed", act, residual, training=training)
@@ -386,6 +387,7 @@ def silence_kinks(case: Case, inputs: Inputs, mean: Tensor, rstd: Tensor, spread
     loud = torch.ones_like(pre, dtype=torch.bool)
     for kink in kinks:
         band = 64 * torch.finfo(accumulator(case.dtype)).eps * spread + 2 * eps * abs(kink)
+        band = band + eps * torch.finfo(case.dtype).smallest_normal  # rounds to 0
         if t.residual is not None:
             # The stock path rounds BatchNorm's output before it adds.
             band = band + eps * normalised.abs()

@@ -62,7 +62,11 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
-    """(arguments of forward, whether it is a detection model in training form)."""
+    """(arguments of forward, whether it is a detection model in training form).
+
+    Small, but with a dozen values or so per channel in the last BatchNorm: normalising two values keeps nothing but their
+    order, and no two implementations agree about the gradient of that.
+    """
     module = torchvision.models.get_model_builder(name).__module__
     generator = torch.Generator().manual_seed(1)
 
@@ -88,11 +92,11 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
     if "optical_flow" in module:
         return (images(2, 3, 128, 128), images(2, 3, 128, 128), 2), False
     if "segmentation" in module:
-        return (images(2, 3, 64, 64),), False
+        return (images(6, 3, 64, 64),), False
     side = 139 if "inception" in name else 224 if "maxvit" in name else 64
     if name.startswith(("efficientnet", "mobilenet", "quantized_mobilenet", "mnasnet", "regnet", "shufflenet")):
-        side = 32  # grouped convolutions are slow in float64
-    return (images(2, 3, side, side),), False
+        side = 40  # grouped convolutions are slow in float64
+    return (images(4, 3, side, side),), False
 
 
 def step(model: nn.Module, name: str, dtype: torch.dtype, training: bool) -> dict[str, torch.Tensor]:

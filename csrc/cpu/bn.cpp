@@ -235,8 +235,10 @@ void apply_all(const Layout& l, const BnTensors& t, void (*rows)(const BnTensors
 // Two partial results per unit, [units, places] each, uninitialised.
 struct Partials {
   Tensor first, second;
-  Partials(int64_t units, int64_t places, const Tensor& z)
-      : first(at::empty({units, places}, z.options().dtype(accumulator(z)))), second(at::empty_like(first)) {}
+  Partials(int64_t units, int64_t places, at::ScalarType dtype)
+      : first(at::empty({units, places}, at::TensorOptions().dtype(dtype))), second(at::empty_like(first)) {}
+  template <class A> A* first_row(int64_t u) { return first.mutable_data_ptr<A>() + u * first.size(1); }
+  template <class A> A* second_row(int64_t u) { return second.mutable_data_ptr<A>() + u * second.size(1); }
 };
 
 // Calls merge(first, second, n, channel) for each partial result, in a fixed order.
@@ -266,15 +268,15 @@ void for_partials(const Layout& l, const Partials& partials, F merge) {
 
 // ---- the phases -------------------------------------------------------------------------------------------------------
 
-// Mean and M2 of the channels in double: partial results merged by Chan's formula.
-template <class A>
+// Mean and M2 of the channels in double, from the partial results (n_i, mean_i, M2_i) by Chan's formula for all of them at once:
+//   mean = sum(n_i mean_i) / n,  M2 = sum(M2_i + n_i (mean_i - mean)^2).
 void merge_moments(const Layout& l, const Partials& partials, std::vector<double>& mean, std::vector<double>& m2) {
-  std::vector<double> count(l.channels, 0.0);
-  for_partials<A>(l, partials, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
-    const double total = count[c] + n, d = part_mean - mean[c], weight = n / total;
-    mean[c] += d * weight;
-    m2[c] += part_m2 + d * d * count[c] * weight;
-    count[c] = total;
+  const double one_over_count = 1.0 / static_cast<double>(l.count());
+  for_partials<double>(l, partials, [&](double part_mean, double, int64_t n, int64_t c) { mean[c] += n * part_mean; });
+  for (double& value : mean) value *= one_over_count;
+  for_partials<double>(l, partials, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
+    const double d = part_mean - mean[c];
+    m2[c] += part_m2 + n * d * d;
   });
 }
 
@@ -305,16 +307,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTen
   if (l.numel() > 0) {
     BnTensors t;
     t.z = z.const_data_ptr();
-    const int64_t size = options.dtype().itemsize();
-    const auto at_row = [&](const Tensor& part, int64_t row) {
-      return static_cast<char*>(part.mutable_data_ptr()) + row * l.parameters() * size;
-    };
     if (l.rows) {
       const RowUnits units(l);
-      Partials partials(units.units, l.length, z);
+      Partials partials(units.units, l.length, at::kDouble);
       for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
-        std::vector<char> scratch(2 * l.length * size);
-        kernels.fwd_reduce_rows(t, units.span(u), at_row(partials.first, u), at_row(partials.second, u), scratch.data());
+        std::vector<double> scratch(3 * l.length);
+        kernels.fwd_reduce_rows(t, units.span(u), partials.first_row<double>(u), partials.second_row<double>(u),
+                                scratch.data());
       });
       if (units.tail) {
         // One value per place: the value is the mean, and M2 is 0.
@@ -322,17 +321,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTen
         partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
         partials.second[last].zero_();
       }
-      if (size == 8) merge_moments<double>(l, partials, mean, m2);
-      else merge_moments<float>(l, partials, mean, m2);
+      merge_moments(l, partials, mean, m2);
     } else {
       const PlaneUnits units(l);
-      Partials partials(units.slices, l.channels, z);
+      Partials partials(units.slices, l.channels, at::kDouble);
       for_units(units.units(), [&](int64_t u) {
-        kernels.fwd_reduce_planes(t, units.span(u), at_row(partials.first, units.slice(u)),
-                                  at_row(partials.second, units.slice(u)));
+        const int64_t slice = units.slice(u);
+        kernels.fwd_reduce_planes(t, units.span(u), partials.first_row<double>(slice), partials.second_row<double>(slice));
       });
-      if (size == 8) merge_moments<double>(l, partials, mean, m2);
-      else merge_moments<float>(l, partials, mean, m2);
+      merge_moments(l, partials, mean, m2);
     }
   }
 
@@ -433,7 +430,7 @@ std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, cons
   const auto acc = accumulator(z);
   if (l.numel() > 0) {
     const int64_t units = l.rows ? RowUnits(l).units : PlaneUnits(l).units();
-    Partials partials(l.rows ? units : PlaneUnits(l).slices, l.parameters(), z);
+    Partials partials(l.rows ? units : PlaneUnits(l).slices, l.parameters(), acc);
     const int64_t size = acc == at::kDouble ? 8 : 4;
     char* first = static_cast<char*>(partials.first.mutable_data_ptr());
     char* second = static_cast<char*>(partials.second.mutable_data_ptr());

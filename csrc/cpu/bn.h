@@ -48,10 +48,10 @@ struct PlaneSpan {
 
 // Kernels of one capability for one dtype. Each call is one unit of work, done by one thread.
 struct BnKernels {
-  // bn_fwd_reduce: exact mean and M2 of the span per parameter place into first, second.
-  // rows: arrays of length, only whole rows; planes: arrays of C, written at c_begin .. c_end. scratch: 2 * length (rows).
-  void (*fwd_reduce_rows)(const BnTensors&, RowSpan, void* mean, void* m2, void* scratch);
-  void (*fwd_reduce_planes)(const BnTensors&, PlaneSpan, void* mean, void* m2);
+  // bn_fwd_reduce: exact mean and M2 of the span per parameter place.
+  // rows: arrays of length, only whole rows; planes: arrays of C, written at c_begin .. c_end. scratch: 3 * length accumulators.
+  void (*fwd_reduce_rows)(const BnTensors&, RowSpan, double* mean, double* m2, void* scratch);
+  void (*fwd_reduce_planes)(const BnTensors&, PlaneSpan, double* mean, double* m2);
   // bn_fwd_apply.
   void (*fwd_apply_rows)(const BnTensors&, RowSpan);
   void (*fwd_apply_planes)(const BnTensors&, PlaneSpan);

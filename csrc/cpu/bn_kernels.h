@@ -108,9 +108,8 @@ void fwd_apply(const BnTensors& t, Span span) {
         });
       });
     };
-    if (!r) run(Flag<false>{}, Flag<false>{});
-    else if (!t.bits) run(Flag<true>{}, Flag<false>{});
-    else run(Flag<true>{}, Flag<true>{});
+    if (r) t.bits ? run(Flag<true>{}, Flag<true>{}) : run(Flag<true>{}, Flag<false>{});
+    else t.bits ? run(Flag<false>{}, Flag<true>{}) : run(Flag<false>{}, Flag<false>{});
   });
 }
 
@@ -184,58 +183,75 @@ void bwd_apply(const BnTensors& t, Span span) {
 
 // ---- bn_fwd_reduce ------------------------------------------------------------------------------------------------
 
-// Adds f(Block) over `rows` rows into sums, four rows at a time so that a sum is loaded and stored once for four.
-template <class T, class F>
-inline void accumulate_rows(const T* z, int64_t length, int64_t rows, acc_t<T>* sums, F f) {
-  std::fill(sums, sums + length, acc_t<T>(0));
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4, z += 4 * length) {
-    for (int64_t j = 0; j < length; j += kBlock) {
-      const auto low = f(load_block(z + j), j) + f(load_block(z + length + j), j);
-      const auto high = f(load_block(z + 2 * length + j), j) + f(load_block(z + 3 * length + j), j);
-      store_block(sums + j, load_block(sums + j) + (low + high));
-    }
-  }
-  for (; i < rows; ++i, z += length) {
-    for (int64_t j = 0; j < length; j += kBlock) {
-      store_block(sums + j, load_block(sums + j) + f(load_block(z + j), j));
-    }
-  }
+// Calls add(first element, rows that are taken at once) for 4 rows at a time, then for single rows: a running sum is loaded
+// and stored once for four rows.
+template <class F>
+inline void for_row_groups(RowSpan span, F add) {
+  int64_t e = span.begin;
+  for (; e + 4 * span.length <= span.end; e += 4 * span.length) add(e, Flag<true>{});
+  for (; e < span.end; e += span.length) add(e, Flag<false>{});
 }
 
-// Tile-exact mean and M2, merged over the tiles by Chan's formula:
-//   n = na + nb, d = mean_b - mean_a, mean = mean_a + d nb / n, M2 = M2_a + M2_b + d^2 na nb / n.
+// Tile by tile: the mean in the accumulator's precision as the centre, then sum(d) and sum(d^2) of d = z - centre, which
+// correct it: mean = centre + sum(d) / n, M2 = sum(d^2) - sum(d)^2 / n, in double, so that the size of the mean costs no digits.
+// Tiles merge by Chan's formula: n = na + nb, e = mean_b - mean_a, mean = mean_a + e nb / n, M2 = M2_a + M2_b + e^2 na nb / n.
 template <class T>
-void fwd_reduce_rows(const BnTensors& t, RowSpan span, void* mean_out, void* m2_out, void* scratch) {
+void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2, void* scratch) {
   using A = acc_t<T>;
   const int64_t length = span.length;
-  A* mean = static_cast<A*>(mean_out);
-  A* m2 = static_cast<A*>(m2_out);
-  A* tile_mean = static_cast<A*>(scratch);
-  A* tile_m2 = tile_mean + length;
+  const T* z = static_cast<const T*>(t.z);
+  A* centre = static_cast<A*>(scratch);
+  A* sum = centre + length;
+  A* square = sum + length;
   const int64_t tile_rows = std::max<int64_t>(4, kTile / length / 4 * 4);
-  std::fill(mean, mean + length, A(0));
-  std::fill(m2, m2 + length, A(0));
   int64_t done = 0;
-  for (int64_t e = span.begin; e < span.end; e += tile_rows * length) {
-    const T* z = static_cast<const T*>(t.z) + e;
-    const int64_t rows = std::min(tile_rows, (span.end - e) / length);
-    accumulate_rows(z, length, rows, tile_mean, [](const Block<A>& x, int64_t) { return x; });
+  for (int64_t begin = span.begin; begin < span.end; begin += tile_rows * length) {
+    const RowSpan tile = {length, begin, std::min(span.end, begin + tile_rows * length)};
+    const int64_t rows = (tile.end - tile.begin) / length;
+    std::fill(centre, centre + 3 * length, A(0));
+    for_row_groups(tile, [&](int64_t e, auto four) {
+      for (int64_t j = 0; j < length; j += kBlock) {
+        const T* x = z + e + j;
+        Block<A> total = load_block(x);
+        if constexpr (four) {
+          total = (total + load_block(x + length)) + (load_block(x + 2 * length) + load_block(x + 3 * length));
+        }
+        store_block(centre + j, load_block(centre + j) + total);
+      }
+    });
     const Block<A> one_over_rows(1.0 / rows);
     for (int64_t j = 0; j < length; j += kBlock) {
-      store_block(tile_mean + j, load_block(tile_mean + j) * one_over_rows);
+      store_block(centre + j, load_block(centre + j) * one_over_rows);
     }
-    accumulate_rows(z, length, rows, tile_m2, [&](const Block<A>& x, int64_t j) {
-      const Block<A> d = x - load_block(tile_mean + j);
-      return d * d;
+    for_row_groups(tile, [&](int64_t e, auto four) {
+      for (int64_t j = 0; j < length; j += kBlock) {
+        const T* x = z + e + j;
+        const Block<A> c = load_block(centre + j);
+        Block<A> d = load_block(x) - c;
+        Block<A> q = d * d;
+        if constexpr (four) {
+          const Block<A> d1 = load_block(x + length) - c, d2 = load_block(x + 2 * length) - c,
+                         d3 = load_block(x + 3 * length) - c;
+          d = (d + d1) + (d2 + d3);
+          q = (q + d1 * d1) + (d2 * d2 + d3 * d3);
+        }
+        store_block(sum + j, load_block(sum + j) + d);
+        store_block(square + j, load_block(square + j) + q);
+      }
     });
-    const double n = done + rows;
-    const Block<A> mean_weight(rows / n), m2_weight(done * (rows / n));
-    for (int64_t j = 0; j < length; j += kBlock) {
-      const Block<A> old_mean = load_block(mean + j);
-      const Block<A> d = load_block(tile_mean + j) - old_mean;
-      store_block(mean + j, old_mean + d * mean_weight);
-      store_block(m2 + j, load_block(m2 + j) + load_block(tile_m2 + j) + d * d * m2_weight);
+    const double n = done + rows, mean_weight = rows / n, m2_weight = done * (rows / n), one_over = 1.0 / rows;
+    if (done == 0) {
+      for (int64_t j = 0; j < length; ++j) {
+        const double d = sum[j];
+        mean[j] = centre[j] + d * one_over;
+        m2[j] = square[j] - d * d * one_over;
+      }
+    } else {
+      for (int64_t j = 0; j < length; ++j) {
+        const double d = sum[j], step = centre[j] + d * one_over - mean[j];
+        mean[j] += step * mean_weight;
+        m2[j] += (square[j] - d * d * one_over) + step * step * m2_weight;
+      }
     }
     done += rows;
   }
@@ -260,7 +276,7 @@ inline A sum_over_channel(PlaneSpan span, int64_t c, F f) {
 }
 
 template <class T>
-void fwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* mean_out, void* m2_out) {
+void fwd_reduce_planes(const BnTensors& t, PlaneSpan span, double* mean_out, double* m2_out) {
   using A = acc_t<T>;
   const T* z = static_cast<const T*>(t.z);
   const double count = static_cast<double>((span.n_end - span.n_begin) * (span.s_end - span.s_begin));
@@ -270,12 +286,16 @@ void fwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* mean_out, void*
           return load(z + e + j, lanes);
         }) / count);
     const Block<A> centre(mean);
-    static_cast<A*>(mean_out)[c] = mean;
-    static_cast<A*>(m2_out)[c] =
-        sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, int64_t lanes, int64_t) {
-          const Block<A> d = load(z + e + j, lanes) - centre;
-          return lanes == kBlock ? d * d : select(first_lanes<A>(lanes), d * d, Block<A>(0));
-        });
+    Block<A> squares[2] = {Block<A>(0), Block<A>(0)};
+    const double sum = sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, int64_t lanes, int64_t) {
+      Block<A> d = load(z + e + j, lanes) - centre;
+      if (lanes < kBlock) d = select(first_lanes<A>(lanes), d, Block<A>(0));
+      Block<A>& square = squares[(j / kBlock) & 1];
+      square = square + d * d;
+      return d;
+    });
+    mean_out[c] = mean + sum / count;
+    m2_out[c] = lane_sum(squares[0] + squares[1]) - sum * sum / count;
   }
 }
 
