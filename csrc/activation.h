@@ -25,7 +25,7 @@ enum class Act : int { kIdentity, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish }
 #define BNFAST_ACTIVATIONS
 
 #ifndef BNFAST_HD
-#define BNFAST_HD inline
+#define BNFAST_HD __attribute__((always_inline)) inline
 #endif
 
 namespace bnfast::BNFAST_NAMESPACE {

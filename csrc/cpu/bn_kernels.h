@@ -20,21 +20,20 @@ constexpr int64_t kTile = 32768;
 
 template <bool kValue> using Flag = std::bool_constant<kValue>;
 
-// A whole Block, or its first lanes.
-template <class T>
-inline Block<acc_t<T>> load(const T* from, int64_t lanes) {
-  return lanes == kBlock ? load_block(from) : load_partial(from, lanes);
-}
-template <class T>
-inline void store(T* to, const Block<acc_t<T>>& b, int64_t lanes) {
-  lanes == kBlock ? store_block(to, b) : store_partial(to, b, lanes);
-}
+// A whole Block, or the first lanes of one. Two types, so that the loop over whole Blocks is compiled without the other case.
+struct Whole {};
+struct First { int64_t lanes; };
+
+template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, Whole) { return load_block(from); }
+template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, First f) { return load_partial(from, f.lanes); }
+template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, Whole) { store_block(to, b); }
+template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, First f) { store_partial(to, b, f.lanes); }
 
 // Channel parameters of a span: read along it (rows), or one value for all of it (planes).
 template <class A, bool kAlong>
 struct Parameter {
   const A* values;
-  inline Block<A> at(int64_t j, int64_t lanes) const {
+  template <class L> BNFAST_INLINE Block<A> at(int64_t j, L lanes) const {
     if constexpr (kAlong) return load(values + j, lanes);
     else return Block<A>(*values);
   }
@@ -53,28 +52,28 @@ struct Channel {
         shift_z{t.shift_z ? static_cast<const A*>(t.shift_z) + first : nullptr} {}
 
   // The one expression of the pre-activation: forward and backward must agree on it bit for bit.
-  inline Block<A> pre_activation(const Block<A>& z, int64_t j, int64_t lanes) const {
+  template <class L> BNFAST_INLINE Block<A> pre_activation(const Block<A>& z, int64_t j, L lanes) const {
     return (z - mean.at(j, lanes)) * scale.at(j, lanes) + beta.at(j, lanes);
   }
 };
 
 // Calls body(offset, lanes) for each Block of n elements.
 template <class F>
-inline void for_blocks(int64_t n, F body) {
+BNFAST_INLINE void for_blocks(int64_t n, F body) {
   int64_t j = 0;
-  for (; j + kBlock <= n; j += kBlock) body(j, static_cast<int64_t>(kBlock));
-  if (j < n) body(j, n - j);
+  for (; j + kBlock <= n; j += kBlock) body(j, Whole{});
+  if (j < n) body(j, First{n - j});
 }
 
 // Calls body(first element, number of elements, first parameter, first word of bits) for each contiguous run.
 template <class F>
-inline void for_runs(RowSpan s, F body) {
+BNFAST_INLINE void for_runs(RowSpan s, F body) {
   for (int64_t e = s.begin; e < s.end; e += s.length) {
     body(e, std::min(s.length, s.end - e), int64_t{0}, e / kBlock);
   }
 }
 template <class F>
-inline void for_runs(PlaneSpan s, F body) {
+BNFAST_INLINE void for_runs(PlaneSpan s, F body) {
   const int64_t words = (s.plane + kBlock - 1) / kBlock;
   for (int64_t n = s.n_begin; n < s.n_end; ++n) {
     for (int64_t c = s.c_begin; c < s.c_end; ++c) {
@@ -98,7 +97,7 @@ void fwd_apply(const BnTensors& t, Span span) {
     auto run = [&](auto has_residual, auto has_bits) {
       for_runs(span, [&](int64_t e, int64_t n, int64_t first, int64_t word) {
         const Channel<T, kRows<Span>> channel(t, first);
-        for_blocks(n, [&](int64_t j, int64_t lanes) {
+        for_blocks(n, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
           Block<A> pre = channel.pre_activation(load(z + e + j, lanes), j, lanes);
           if constexpr (has_residual) pre = pre + load(r + e + j, lanes);
           store(y + e + j, act.value(pre), lanes);
@@ -124,26 +123,26 @@ void with_gradient(const BnTensors& t, F run) {
   with_activation(t.act, t.slope, [&](auto act) {
     using Activation = decltype(act);
     if constexpr (std::is_same_v<Activation, Identity>) {
-      run([=](const auto&, const Block<A>&, int64_t e, int64_t j, int64_t lanes, int64_t) {
+      run([=](const auto&, const Block<A>&, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
         return load(dy + e + j, lanes);
       });
     } else {
-      auto from_pre = [=](const Block<A>& pre, const Block<A>& grad) {
+      auto from_pre = [=](const Block<A>& pre, const Block<A>& grad) BNFAST_INLINE_LAMBDA {
         if constexpr (Activation::kPiecewise) return act.masked(act.passes(rounded_to<T>(pre)), grad);
         else return act.gradient(pre, grad);
       };
       if (t.slope_from == Slope::kFromZ) {
-        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, int64_t lanes, int64_t) {
+        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
           return from_pre(channel.pre_activation(z, j, lanes), load(dy + e + j, lanes));
         });
       } else if (t.slope_from == Slope::kFromZAndResidual) {
-        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, int64_t lanes, int64_t) {
+        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
           const Block<A> pre = channel.pre_activation(z, j, lanes) + load(r + e + j, lanes);
           return from_pre(pre, load(dy + e + j, lanes));
         });
       } else if constexpr (Activation::kPiecewise) {
         const uint16_t* bits = t.bits;
-        run([=](const auto&, const Block<A>&, int64_t e, int64_t j, int64_t lanes, int64_t word) {
+        run([=](const auto&, const Block<A>&, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
           return act.masked(from_bits<A>(bits[word + j / kBlock]), load(dy + e + j, lanes));
         });
       }
@@ -163,7 +162,7 @@ void bwd_apply(const BnTensors& t, Span span) {
     auto run = [&](auto batch_statistics, auto has_residual) {
       for_runs(span, [&](int64_t e, int64_t n, int64_t first, int64_t word) {
         const Channel<T, kRows<Span>> channel(t, first);
-        for_blocks(n, [&](int64_t j, int64_t lanes) {
+        for_blocks(n, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
           const Block<A> zb = load(z + e + j, lanes);
           const Block<A> db = gradient(channel, zb, e, j, lanes, word);
           if constexpr (has_residual) store(dr + e + j, db, lanes);
@@ -186,7 +185,7 @@ void bwd_apply(const BnTensors& t, Span span) {
 // Calls add(first element, rows that are taken at once) for 4 rows at a time, then for single rows: a running sum is loaded
 // and stored once for four rows.
 template <class F>
-inline void for_row_groups(RowSpan span, F add) {
+BNFAST_INLINE void for_row_groups(RowSpan span, F add) {
   int64_t e = span.begin;
   for (; e + 4 * span.length <= span.end; e += 4 * span.length) add(e, Flag<true>{});
   for (; e < span.end; e += span.length) add(e, Flag<false>{});
@@ -259,18 +258,17 @@ void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2,
 
 // Sum of f(Block, lanes, e, j, word) over channel c's runs of the span; four sums in flight hide the latency of the addition.
 template <class A, class F>
-inline A sum_over_channel(PlaneSpan span, int64_t c, F f) {
+BNFAST_INLINE A sum_over_channel(PlaneSpan span, int64_t c, F f) {
   Block<A> sums[4] = {Block<A>(0), Block<A>(0), Block<A>(0), Block<A>(0)};
   span.c_begin = c;
   span.c_end = c + 1;
   for_runs(span, [&](int64_t e, int64_t n, int64_t, int64_t word) {
     int64_t j = 0;
     for (; j + 4 * kBlock <= n; j += 4 * kBlock) {
-      for (int i = 0; i < 4; ++i) sums[i] = sums[i] + f(e, j + i * kBlock, int64_t{kBlock}, word);
+      for (int i = 0; i < 4; ++i) sums[i] = sums[i] + f(e, j + i * kBlock, Whole{}, word);
     }
-    for (int i = 0; j < n; j += kBlock, ++i) {
-      sums[i] = sums[i] + f(e, j, std::min<int64_t>(kBlock, n - j), word);
-    }
+    for (; j + kBlock <= n; j += kBlock) sums[0] = sums[0] + f(e, j, Whole{}, word);
+    if (j < n) sums[1] = sums[1] + f(e, j, First{n - j}, word);
   });
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
@@ -282,14 +280,16 @@ void fwd_reduce_planes(const BnTensors& t, PlaneSpan span, double* mean_out, dou
   const double count = static_cast<double>((span.n_end - span.n_begin) * (span.s_end - span.s_begin));
   for (int64_t c = span.c_begin; c < span.c_end; ++c) {
     const A mean = static_cast<A>(
-        sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, int64_t lanes, int64_t) {
+        sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
           return load(z + e + j, lanes);
         }) / count);
     const Block<A> centre(mean);
     Block<A> squares[2] = {Block<A>(0), Block<A>(0)};
-    const double sum = sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, int64_t lanes, int64_t) {
+    const double sum = sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
       Block<A> d = load(z + e + j, lanes) - centre;
-      if (lanes < kBlock) d = select(first_lanes<A>(lanes), d, Block<A>(0));
+      if constexpr (std::is_same_v<decltype(lanes), First>) {
+        d = select(first_lanes<A>(lanes.lanes), d, Block<A>(0));
+      }
       Block<A>& square = squares[(j / kBlock) & 1];
       square = square + d * d;
       return d;
@@ -312,7 +312,7 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
   std::fill(second, second + length, A(0));
   const Channel<T, true> channel(t, 0);
   with_gradient<T>(t, [&](auto gradient) {
-    auto add = [&](int64_t e, int64_t j, int64_t lanes, Block<A>& db_sum, Block<A>& db_z_sum) {
+    auto add = [&](int64_t e, int64_t j, auto lanes, Block<A>& db_sum, Block<A>& db_z_sum) BNFAST_INLINE_LAMBDA {
       const Block<A> zb = load(z + e + j, lanes);
       const Block<A> db = gradient(channel, zb, e, j, lanes, e / kBlock);
       db_sum = db_sum + db;
@@ -322,17 +322,17 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
     for (; e + 4 * length <= span.end; e += 4 * length) {
       for (int64_t j = 0; j < length; j += kBlock) {
         Block<A> db_sum = load_block(first + j), db_z_sum = load_block(second + j);
-        for (int i = 0; i < 4; ++i) add(e + i * length, j, kBlock, db_sum, db_z_sum);
+        for (int i = 0; i < 4; ++i) add(e + i * length, j, Whole{}, db_sum, db_z_sum);
         store_block(first + j, db_sum);
         store_block(second + j, db_z_sum);
       }
     }
     for (; e < span.end; e += length) {
-      for_blocks(std::min(length, span.end - e), [&](int64_t j, int64_t lanes) {
+      for_blocks(std::min(length, span.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
         Block<A> db_sum = load_block(first + j), db_z_sum = load_block(second + j);
         add(e, j, lanes, db_sum, db_z_sum);
-        store_partial(first + j, db_sum, lanes);
-        store_partial(second + j, db_z_sum, lanes);
+        store(first + j, db_sum, lanes);
+        store(second + j, db_z_sum, lanes);
       });
     }
   });
@@ -348,7 +348,7 @@ void bwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* sum_db, void* s
       Block<A> db_z_sum[2] = {Block<A>(0), Block<A>(0)};
       // Lanes past the end hold dy = 0, so they add nothing to either sum.
       static_cast<A*>(sum_db)[c] =
-          sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, int64_t lanes, int64_t word) {
+          sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
             const Block<A> zb = load(z + e + j, lanes);
             const Block<A> db = gradient(channel, zb, e, j, lanes, word);
             Block<A>& sum = db_z_sum[(j / kBlock) & 1];

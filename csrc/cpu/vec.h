@@ -21,6 +21,10 @@ struct f16 { uint16_t bits; };
 
 }  // namespace bnfast
 
+// Everything below a kernel is inlined: Blocks stay in registers.
+#define BNFAST_INLINE __attribute__((always_inline)) inline
+#define BNFAST_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace bnfast::BNFAST_NAMESPACE {
 
 constexpr int kBlock = 16;
@@ -44,32 +48,32 @@ struct Block {
 
   struct Mask {
     IntVec part[kParts];
-    template <class F> static inline Mask make(F f) {
+    template <class F> static BNFAST_INLINE Mask make(F f) {
       Mask m;
       for (int p = 0; p < kParts; ++p) m.part[p] = f(p);
       return m;
     }
-    friend inline Mask operator!(const Mask& a) { return make([&](int p) { return ~a.part[p]; }); }
-    friend inline Mask operator|(const Mask& a, const Mask& b) {
-      return make([&](int p) { return a.part[p] | b.part[p]; });
+    friend BNFAST_INLINE Mask operator!(const Mask& a) { return make([&](int p) BNFAST_INLINE_LAMBDA { return ~a.part[p]; }); }
+    friend BNFAST_INLINE Mask operator|(const Mask& a, const Mask& b) {
+      return make([&](int p) BNFAST_INLINE_LAMBDA { return a.part[p] | b.part[p]; });
     }
   };
 
   Vec part[kParts];
 
   Block() = default;
-  explicit inline Block(double value) {
+  explicit BNFAST_INLINE Block(double value) {
     for (int p = 0; p < kParts; ++p) part[p] = Vec{} + static_cast<A>(value);
   }
-  template <class F> static inline Block make(F f) {
+  template <class F> static BNFAST_INLINE Block make(F f) {
     Block b;
     for (int p = 0; p < kParts; ++p) b.part[p] = f(p);
     return b;
   }
 
 #define BNFAST_ARITHMETIC(op)                                            \
-  friend inline Block operator op(const Block& a, const Block& b) {      \
-    return make([&](int p) { return a.part[p] op b.part[p]; });          \
+  friend BNFAST_INLINE Block operator op(const Block& a, const Block& b) {      \
+    return make([&](int p) BNFAST_INLINE_LAMBDA { return a.part[p] op b.part[p]; });          \
   }
   BNFAST_ARITHMETIC(+)
   BNFAST_ARITHMETIC(-)
@@ -78,8 +82,8 @@ struct Block {
 #undef BNFAST_ARITHMETIC
 
 #define BNFAST_COMPARISON(op)                                            \
-  friend inline Mask operator op(const Block& a, const Block& b) {       \
-    return Mask::make([&](int p) { return a.part[p] op b.part[p]; });    \
+  friend BNFAST_INLINE Mask operator op(const Block& a, const Block& b) {       \
+    return Mask::make([&](int p) BNFAST_INLINE_LAMBDA { return a.part[p] op b.part[p]; });    \
   }
   BNFAST_COMPARISON(<)
   BNFAST_COMPARISON(<=)
@@ -88,14 +92,14 @@ struct Block {
   BNFAST_COMPARISON(==)
 #undef BNFAST_COMPARISON
 
-  friend inline Block select(const Mask& m, const Block& a, const Block& b) {
-    return make([&](int p) { return m.part[p] ? a.part[p] : b.part[p]; });
+  friend BNFAST_INLINE Block select(const Mask& m, const Block& a, const Block& b) {
+    return make([&](int p) BNFAST_INLINE_LAMBDA { return m.part[p] ? a.part[p] : b.part[p]; });
   }
 };
 
 // Sum of the 16 lanes in a fixed order.
 template <class A>
-inline A lane_sum(const Block<A>& b) {
+BNFAST_INLINE A lane_sum(const Block<A>& b) {
   A lane[kBlock];
   std::memcpy(lane, b.part, sizeof(lane));
   for (int step = kBlock / 2; step > 0; step /= 2) {
@@ -106,9 +110,9 @@ inline A lane_sum(const Block<A>& b) {
 
 // Lanes below n.
 template <class A>
-inline typename Block<A>::Mask first_lanes(int64_t n) {
+BNFAST_INLINE typename Block<A>::Mask first_lanes(int64_t n) {
   using B = Block<A>;
-  return B::Mask::make([&](int p) {
+  return B::Mask::make([&](int p) BNFAST_INLINE_LAMBDA {
     typename B::IntVec index;
     for (int i = 0; i < B::kLanes; ++i) index[i] = p * B::kLanes + i;
     return index < static_cast<typename B::Int>(n);
@@ -117,7 +121,7 @@ inline typename Block<A>::Mask first_lanes(int64_t n) {
 
 // One bit per lane, lane 0 lowest.
 template <class A>
-inline uint16_t to_bits(const typename Block<A>::Mask& m) {
+BNFAST_INLINE uint16_t to_bits(const typename Block<A>::Mask& m) {
   using B = Block<A>;
   uint32_t bits = 0;
   for (int p = 0; p < B::kParts; ++p) {
@@ -140,9 +144,9 @@ inline uint16_t to_bits(const typename Block<A>::Mask& m) {
 }
 
 template <class A>
-inline typename Block<A>::Mask from_bits(uint16_t bits) {
+BNFAST_INLINE typename Block<A>::Mask from_bits(uint16_t bits) {
   using B = Block<A>;
-  return B::Mask::make([&](int p) {
+  return B::Mask::make([&](int p) BNFAST_INLINE_LAMBDA {
     typename B::IntVec bit;
     for (int i = 0; i < B::kLanes; ++i) bit[i] = typename B::Int(1) << (p * B::kLanes + i);
     return ((typename B::IntVec{} + static_cast<typename B::Int>(bits)) & bit) != 0;
@@ -156,34 +160,34 @@ typedef uint32_t Words __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
 using FloatVec = Block<float>::Vec;
 using FloatMask = Block<float>::IntVec;
 
-inline Words widen(const uint16_t* from) {
+BNFAST_INLINE Words widen(const uint16_t* from) {
   HalfWords half;
   std::memcpy(&half, from, sizeof(half));
   return __builtin_convertvector(half, Words);
 }
 
-inline void narrow(Words words, uint16_t* to) {
+BNFAST_INLINE void narrow(Words words, uint16_t* to) {
   const HalfWords half = __builtin_convertvector(words, HalfWords);
   std::memcpy(to, &half, sizeof(half));
 }
 
 #if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
-inline FloatVec float_of_f16(const uint16_t* from) {
+BNFAST_INLINE FloatVec float_of_f16(const uint16_t* from) {
   return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
-inline void store_f16(FloatVec v, uint16_t* to) {
+BNFAST_INLINE void store_f16(FloatVec v, uint16_t* to) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
-inline FloatVec float_of_f16(const uint16_t* from) {
+BNFAST_INLINE FloatVec float_of_f16(const uint16_t* from) {
   return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
-inline void store_f16(FloatVec v, uint16_t* to) {
+BNFAST_INLINE void store_f16(FloatVec v, uint16_t* to) {
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // Without a conversion instruction: the exponent is moved by a multiplication, which is exact for subnormals too.
-inline FloatVec float_of_f16(const uint16_t* from) {
+BNFAST_INLINE FloatVec float_of_f16(const uint16_t* from) {
   const Words h = widen(from);
   const Words sign = (h & 0x8000u) << 16;
   const Words magnitude = (h & 0x7fffu) << 13;
@@ -191,7 +195,7 @@ inline FloatVec float_of_f16(const uint16_t* from) {
   const Words special = (Words)((h & 0x7c00u) == 0x7c00u);
   return (FloatVec)(sign | (special & (magnitude | 0x7f800000u)) | (~special & (Words)scaled));
 }
-inline void store_f16(FloatVec v, uint16_t* to) {
+BNFAST_INLINE void store_f16(FloatVec v, uint16_t* to) {
   const Words x = (Words)v;
   const Words sign = (x >> 16) & 0x8000u;
   const Words magnitude = x & 0x7fffffffu;
@@ -210,29 +214,29 @@ inline void store_f16(FloatVec v, uint16_t* to) {
 }
 #endif
 
-inline Block<float> load_block(const float* from) {
+BNFAST_INLINE Block<float> load_block(const float* from) {
   Block<float> b;
   std::memcpy(b.part, from, sizeof(b.part));
   return b;
 }
-inline Block<double> load_block(const double* from) {
+BNFAST_INLINE Block<double> load_block(const double* from) {
   Block<double> b;
   std::memcpy(b.part, from, sizeof(b.part));
   return b;
 }
-inline Block<float> load_block(const bf16* from) {
+BNFAST_INLINE Block<float> load_block(const bf16* from) {
   const uint16_t* words = &from->bits;
   return Block<float>::make(
-      [&](int p) { return (FloatVec)(widen(words + p * Block<float>::kLanes) << 16); });
+      [&](int p) BNFAST_INLINE_LAMBDA { return (FloatVec)(widen(words + p * Block<float>::kLanes) << 16); });
 }
-inline Block<float> load_block(const f16* from) {
+BNFAST_INLINE Block<float> load_block(const f16* from) {
   const uint16_t* words = &from->bits;
-  return Block<float>::make([&](int p) { return float_of_f16(words + p * Block<float>::kLanes); });
+  return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA { return float_of_f16(words + p * Block<float>::kLanes); });
 }
 
-inline void store_block(float* to, const Block<float>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
-inline void store_block(double* to, const Block<double>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
-inline void store_block(bf16* to, const Block<float>& b) {
+BNFAST_INLINE void store_block(float* to, const Block<float>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
+BNFAST_INLINE void store_block(double* to, const Block<double>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
+BNFAST_INLINE void store_block(bf16* to, const Block<float>& b) {
   for (int p = 0; p < Block<float>::kParts; ++p) {
     const Words x = (Words)b.part[p];
     const Words rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
@@ -240,7 +244,7 @@ inline void store_block(bf16* to, const Block<float>& b) {
     narrow((~is_nan & rounded) | (is_nan & ((x >> 16) | 0x40u)), &to->bits + p * Block<float>::kLanes);
   }
 }
-inline void store_block(f16* to, const Block<float>& b) {
+BNFAST_INLINE void store_block(f16* to, const Block<float>& b) {
   for (int p = 0; p < Block<float>::kParts; ++p) {
     store_f16(b.part[p], &to->bits + p * Block<float>::kLanes);
   }
@@ -248,13 +252,13 @@ inline void store_block(f16* to, const Block<float>& b) {
 
 // The first n < 16 lanes; the others are 0 on load and untouched on store.
 template <class T>
-inline Block<acc_t<T>> load_partial(const T* from, int64_t n) {
+BNFAST_INLINE Block<acc_t<T>> load_partial(const T* from, int64_t n) {
   T lane[kBlock] = {};
   std::memcpy(lane, from, n * sizeof(T));
   return load_block(lane);
 }
 template <class T>
-inline void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
+BNFAST_INLINE void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
   T lane[kBlock];
   store_block(lane, b);
   std::memcpy(to, lane, n * sizeof(T));
@@ -262,7 +266,7 @@ inline void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
 
 // The value that storing as T keeps.
 template <class T>
-inline Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
+BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     return b;
   } else {
@@ -276,8 +280,8 @@ inline Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
 
 // exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, Taylor's polynomial for e^r, 2^n by the exponent field.
 // Infinity above float's range, clamped where it would leave the normal numbers below; a NaN stays one.
-inline Block<float> exp(const Block<float>& x) {
-  return Block<float>::make([&](int p) {
+BNFAST_INLINE Block<float> exp(const Block<float>& x) {
+  return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
     const FloatVec given = x.part[p];
     FloatVec v = given;
     v = v > 88.3f ? FloatVec{} + 88.3f : v;
@@ -297,7 +301,7 @@ inline Block<float> exp(const Block<float>& x) {
   });
 }
 
-inline Block<double> exp(const Block<double>& x) {
+BNFAST_INLINE Block<double> exp(const Block<double>& x) {
   double lane[kBlock];
   store_block(lane, x);
   for (double& value : lane) value = std::exp(value);
