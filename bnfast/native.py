@@ -157,6 +157,17 @@ def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     )
 
 
+def _direct_in_eager(operator, kernel):
+    """Calls a kernel that is Python without the dispatcher, which costs it as much as a small convolution."""
+
+    def call(tensor, *args):
+        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+            return operator(tensor, *args)
+        return kernel(tensor, *args)
+
+    return call
+
+
 if unavailable is None:
     _library = torch.library.Library("bnfast", "FRAGMENT")
     for _name, _schema, _kernel in (
@@ -187,9 +198,9 @@ if unavailable is None:
         torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
 
     # Resolved once: looking an operator up costs as much as calling it.
-    conv_forward = torch.ops.bnfast.conv_forward.default
-    conv_fwd_reduce = torch.ops.bnfast.conv_fwd_reduce.default
-    conv_dgrad = torch.ops.bnfast.conv_dgrad.default
+    conv_forward = _direct_in_eager(torch.ops.bnfast.conv_forward.default, _conv_forward)
+    conv_fwd_reduce = _direct_in_eager(torch.ops.bnfast.conv_fwd_reduce.default, _conv_fwd_reduce)
+    conv_dgrad = _direct_in_eager(torch.ops.bnfast.conv_dgrad.default, _conv_dgrad)
     bn_fwd_reduce = torch.ops.bnfast.bn_fwd_reduce.default
     bn_fwd_apply = torch.ops.bnfast.bn_fwd_apply.default
     bn_bwd_reduce = torch.ops.bnfast.bn_bwd_reduce.default

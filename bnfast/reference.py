@@ -70,7 +70,7 @@ def conv_forward(
     """The convolution alone, or the linear layer where weight is [C, J]."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    return torch.ops.aten.convolution(
+    return torch.convolution(
         x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
     )
 
@@ -192,7 +192,7 @@ def conv_dgrad(
             input_size, dz.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
         )
     ]
-    return torch.ops.aten.convolution(
+    return torch.convolution(
         dz, weight, None, stride, padding, dilation, True, output_padding, groups
     )
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_SAMPLES = 4096
-
 
 @dataclass
 class _Entry:
@@ -23,7 +21,6 @@ class _Entry:
 
 
 _entries: dict[int, _Entry] = {}
-_ramps: dict[torch.device, Tensor] = {}
 
 
 def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -65,25 +62,5 @@ def _state(weight: Tensor) -> tuple:
         weight.shape,
         weight.stride(),
         weight.device,
-        _checksum(weight),
+        torch.ops.bnfast.weight_checksum.default(weight),
     )
-
-
-def _checksum(weight: Tensor) -> float | str:
-    with torch.no_grad():
-        flat = weight.detach()
-        if flat.is_contiguous():
-            flat = flat.view(-1)
-        elif flat.dim() == 4 and flat.is_contiguous(memory_format=torch.channels_last):
-            flat = flat.permute(0, 2, 3, 1).reshape(-1)
-        else:
-            flat = flat.reshape(-1)
-        step = max(1, -(-flat.numel() // _SAMPLES))
-        sample = flat[::step].to(torch.float64)
-        ramp = _ramps.get(weight.device)
-        if ramp is None:
-            # Distinct factors, so that exchanged elements do not cancel.
-            ramp = torch.linspace(1, 2, _SAMPLES, dtype=torch.float64, device=weight.device)
-            _ramps[weight.device] = ramp
-        value = torch.dot(sample, ramp[: sample.numel()]).item()
-    return value if value == value else "nan"

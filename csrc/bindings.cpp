@@ -18,6 +18,7 @@ TORCH_LIBRARY(bnfast, m) {
       "bn_bwd_apply(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
       "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) "
       "-> (Tensor dz, Tensor dresidual)");
+  m.def("weight_checksum(Tensor weight) -> int");
 }
 
 PYBIND11_MODULE(_C, m) {

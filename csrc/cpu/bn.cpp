@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -116,35 +117,65 @@ void check_z(const Tensor& z) {
   TORCH_CHECK(z.dim() >= 2, "bnfast: z is of shape ", z.sizes(), "; it must be [N, C, ...]");
 }
 
-// A channel vector in the accumulator dtype, laid out for the kernels (bn.h).
-Tensor parameters_of(const Tensor& vector, const Layout& l, at::ScalarType acc) {
-  const Tensor values = vector.to(acc).contiguous();
-  if (!l.rows || (l.length == l.channels && l.inner == 1)) return values;
-  return values.repeat_interleave(l.inner).repeat(l.length / (l.channels * l.inner));
+// A channel vector in the accumulator type A; `values` is null where the vector is absent.
+template <class A>
+struct ChannelVector {
+  Tensor owner;
+  const A* values = nullptr;
+  explicit ChannelVector(const OptionalTensor& t) {
+    if (!t) return;
+    owner = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    values = owner.const_data_ptr<A>();
+  }
+};
+
+// Writes value(c) for each channel in the layout of the kernels' parameters (bn.h).
+template <class A, class F>
+const A* lay_out(const Layout& l, A* to, F value) {
+  const int64_t pixel = l.rows ? l.channels * l.inner : l.channels;
+  for (int64_t c = 0, j = 0; c < l.channels; ++c) {
+    const A v = value(c);
+    for (int64_t i = 0; i < (l.rows ? l.inner : 1); ++i) to[j++] = v;
+  }
+  for (int64_t at = pixel; at < l.parameters(); at += pixel) std::memcpy(to + at, to, pixel * sizeof(A));
+  return to;
 }
 
-// Kernel arguments shared by the three phases that know the statistics; `keep` owns what the pointers point to.
-BnTensors arguments(const Tensor& z, const Layout& l, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
-                    const OptionalTensor& beta, const Tensor& residual, c10::string_view act, double slope,
-                    std::vector<Tensor>& keep) {
+// Kernel arguments shared by the phases that know the statistics, with dgamma and dbeta where the backward uses batch
+// statistics. `buffer` owns the parameters that the pointers point to.
+template <class A>
+void set_parameters(BnTensors& t, Tensor& buffer, const Layout& l, const OptionalTensor& mean, const OptionalTensor& rstd,
+                    const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& dgamma,
+                    const OptionalTensor& dbeta) {
+  const ChannelVector<A> m(mean), r(rstd), g(gamma), b(beta), dg(dgamma), db(dbeta);
+  buffer = at::empty({5, l.parameters()}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+  A* to = buffer.mutable_data_ptr<A>();
+  const int64_t step = l.parameters();
+  const A count = static_cast<A>(l.count());
+  t.mean = lay_out(l, to, [&](int64_t c) { return m.values[c]; });
+  t.scale = lay_out(l, to + step, [&](int64_t c) { return g.values ? g.values[c] * r.values[c] : r.values[c]; });
+  t.beta = lay_out(l, to + 2 * step, [&](int64_t c) { return b.values ? b.values[c] : A(0); });
+  if (dg.values) {
+    t.shift_db = lay_out(l, to + 3 * step, [&](int64_t c) { return db.values[c] / count; });
+    t.shift_z = lay_out(l, to + 4 * step, [&](int64_t c) { return r.values[c] * dg.values[c] / count; });
+  }
+}
+
+void set_arguments(BnTensors& t, Tensor& buffer, const Tensor& z, const Layout& l, const Tensor& mean, const Tensor& rstd,
+                   const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& dgamma,
+                   const OptionalTensor& dbeta, const Tensor& residual, c10::string_view act, double slope) {
   check_vector(mean, z, "mean");
   check_vector(rstd, z, "rstd");
   check_vector(gamma, z, "gamma");
   check_vector(beta, z, "beta");
-  const auto acc = accumulator(z);
-  const Tensor scale = gamma ? gamma->to(acc) * rstd.to(acc) : rstd.to(acc);
-  keep.push_back(parameters_of(mean, l, acc));
-  keep.push_back(parameters_of(scale, l, acc));
-  keep.push_back(beta ? parameters_of(*beta, l, acc) : at::zeros({l.parameters()}, z.options().dtype(acc)));
-  BnTensors t;
+  check_vector(dgamma, z, "dgamma");
+  check_vector(dbeta, z, "dbeta");
+  if (accumulator(z) == at::kDouble) set_parameters<double>(t, buffer, l, mean, rstd, gamma, beta, dgamma, dbeta);
+  else set_parameters<float>(t, buffer, l, mean, rstd, gamma, beta, dgamma, dbeta);
   t.z = z.const_data_ptr();
-  t.mean = keep[0].const_data_ptr();
-  t.scale = keep[1].const_data_ptr();
-  t.beta = keep[2].const_data_ptr();
   t.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
   t.act = act_of(act);
   t.slope = slope;
-  return t;
 }
 
 const BnKernels& kernels_for(const Tensor& z) { return cpu_capability().bn[static_cast<int>(dtype_of(z))]; }
@@ -370,8 +401,9 @@ std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, 
   const Layout l = layout_of(z);
   const BnKernels& kernels = kernels_for(z);
   const Tensor residual = residual_in ? residual_in->contiguous(l.format) : Tensor();
-  std::vector<Tensor> keep;
-  BnTensors t = arguments(z, l, mean, rstd, gamma, beta, residual, act, slope, keep);
+  Tensor parameters;
+  BnTensors t;
+  set_arguments(t, parameters, z, l, mean, rstd, gamma, beta, std::nullopt, std::nullopt, residual, act, slope);
   Tensor y = at::empty_like(z);
   Tensor bits = at::empty({want_bits ? l.bit_bytes() : 0}, z.options().dtype(at::kByte));
   t.out = y.mutable_data_ptr();
@@ -382,14 +414,13 @@ std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, 
 
 // Sets what the two backward phases share.
 struct Backward {
-  Tensor z, dy, residual;
+  Tensor z, dy, residual, parameters;
   Layout layout;
-  std::vector<Tensor> keep;
   BnTensors tensors;
 
   Backward(const Tensor& dy_in, const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
-           const OptionalTensor& beta, const OptionalTensor& residual_in, const OptionalTensor& bits, c10::string_view act,
-           double slope) {
+           const OptionalTensor& beta, const OptionalTensor& residual_in, const OptionalTensor& bits,
+           const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope) {
     check_z(z_in);
     check_like(dy_in, z_in, "dy");
     if (residual_in) check_like(*residual_in, z_in, "residual");
@@ -397,7 +428,7 @@ struct Backward {
     layout = layout_of(z);
     dy = dy_in.contiguous(layout.format);
     if (residual_in) residual = residual_in->contiguous(layout.format);
-    tensors = arguments(z, layout, mean, rstd, gamma, beta, residual, act, slope, keep);
+    set_arguments(tensors, parameters, z, layout, mean, rstd, gamma, beta, dgamma, dbeta, residual, act, slope);
     tensors.dy = dy.const_data_ptr();
     if (bits) {
       TORCH_CHECK(bits->numel() == layout.bit_bytes(), "bnfast: bits holds ", bits->numel(), " bytes; ", layout.bit_bytes(),
@@ -423,7 +454,7 @@ void merge_sums(const Layout& l, const Partials& partials, std::vector<double>& 
 std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
                                          OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                          OptionalTensor bits, c10::string_view act, double slope) {
-  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope);
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
   const Layout& l = b.layout;
   const BnKernels& kernels = kernels_for(b.z);
   std::vector<double> sum_db(l.channels, 0.0), sum_db_z(l.channels, 0.0);
@@ -447,10 +478,17 @@ std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, cons
     if (acc == at::kDouble) merge_sums<double>(l, partials, sum_db, sum_db_z);
     else merge_sums<float>(l, partials, sum_db, sum_db_z);
   }
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  const int64_t c = l.channels;
-  const Tensor dgamma = at::from_blob(sum_db_z.data(), {c}, options).to(acc) * rstd.to(acc);
-  const Tensor dbeta = at::from_blob(sum_db.data(), {c}, options).to(acc, /*non_blocking=*/false, /*copy=*/true);
+  Tensor dgamma = at::empty({l.channels}, z.options().dtype(acc)), dbeta = at::empty_like(dgamma);
+  const Tensor rstd_double = rstd.to(at::kDouble).contiguous();
+  const double* r = rstd_double.const_data_ptr<double>();
+  const auto write = [&](auto* dgamma_ptr, auto* dbeta_ptr) {
+    for (int64_t c = 0; c < l.channels; ++c) {
+      dgamma_ptr[c] = sum_db_z[c] * r[c];
+      dbeta_ptr[c] = sum_db[c];
+    }
+  };
+  if (acc == at::kDouble) write(dgamma.mutable_data_ptr<double>(), dbeta.mutable_data_ptr<double>());
+  else write(dgamma.mutable_data_ptr<float>(), dbeta.mutable_data_ptr<float>());
   return {dgamma, dbeta};
 }
 
@@ -458,24 +496,13 @@ std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const
                                         OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                         OptionalTensor bits, OptionalTensor dgamma, OptionalTensor dbeta,
                                         c10::string_view act, double slope, bool want_dresidual) {
-  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope);
   TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
               "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
-  check_vector(dgamma, z, "dgamma");
-  check_vector(dbeta, z, "dbeta");
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope);
   const Layout& l = b.layout;
   Tensor dz = at::empty_like(b.z);
   Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, z.options());
   if (l.numel() == 0) return {dz, dresidual};
-  const auto acc = accumulator(z);
-  Tensor shift_db, shift_z;
-  if (dgamma) {
-    const double count = static_cast<double>(l.count());
-    shift_db = parameters_of(dbeta->to(acc) / count, l, acc);
-    shift_z = parameters_of(rstd.to(acc) * dgamma->to(acc) / count, l, acc);
-    b.tensors.shift_db = shift_db.const_data_ptr();
-    b.tensors.shift_z = shift_z.const_data_ptr();
-  }
   b.tensors.out = dz.mutable_data_ptr();
   b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   const BnKernels& kernels = kernels_for(b.z);
