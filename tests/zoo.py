@@ -82,7 +82,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
             target["masks"] = torch.ones(2, size, size, dtype=torch.uint8)
         if "keypoint" in name:
             target["labels"] = torch.tensor([1, 1])
-            points = torch.full((2, 17, 3), 40.0, dtype=dtype)
+            points = torch.full((2, 17, 3), 40.0)  # torchvision takes float32 alone
             points[..., 2] = 1
             target["keypoints"] = points
         return (pictures, [target, copy.deepcopy(target)]), True
@@ -93,7 +93,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
         return (images(2, 3, 128, 128), images(2, 3, 128, 128), 2), False
     if "segmentation" in module:
         return (images(6, 3, 64, 64),), False
-    side = 139 if "inception" in name else 224 if "maxvit" in name else 64
+    side = 299 if "inception" in name else 224 if "maxvit" in name else 64
     if name.startswith(("efficientnet", "mobilenet", "quantized_mobilenet", "mnasnet", "regnet", "shufflenet")):
         side = 40  # grouped convolutions are slow in float64
     return (images(4, 3, side, side),), False
