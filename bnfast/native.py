@@ -46,6 +46,14 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
         dx = _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation)
     elif all(k == 1 for k in kernel) and not any(padding):
         dx = _dgrad_pointwise(dz, weight, input_size, stride, groups, layout)
+    elif _is_depthwise(weight, groups) and layout == torch.channels_last:
+        acc = accumulator(dz.dtype)
+        taps = weights.transformed(
+            weight, ("taps", acc), lambda w: w[:, 0].permute(1, 2, 0).to(acc).contiguous()
+        )
+        dx = torch.ops.bnfast.depthwise_dgrad.default(
+            dz, taps, input_size, stride, padding, dilation
+        )
     else:
         dx = reference.conv_dgrad(
             dz, _as_dtype(weight, dz.dtype), input_size, stride, padding, dilation, groups
@@ -67,6 +75,11 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
     turned = weights.transformed(weight, ("rotated", groups, dz.dtype, layout), rotated)
     margin = [r - p for r, p in zip(reach, padding, strict=True)]
     return reference.conv_forward(dz, turned, None, [1] * len(reach), margin, dilation, groups)
+
+
+def _is_depthwise(weight, groups):
+    """One input channel per output channel, and a kernel that csrc/cpu/conv_depthwise.cpp takes."""
+    return weight.dim() == 4 and weight.shape[:2] == (groups, 1) and weight[0, 0].numel() <= 64
 
 
 def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
@@ -148,6 +161,15 @@ def _fake_conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *s
     return z, *_fake_bn_fwd_reduce(z)
 
 
+def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
+    return torch.empty(
+        (*dz.shape[:2], *input_size),
+        dtype=dz.dtype,
+        device=dz.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz.new_empty((dz.shape[0], weight.shape[1]))
@@ -190,6 +212,7 @@ if unavailable is None:
         ("conv_forward", _fake_conv_forward),
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
+        ("depthwise_dgrad", _fake_depthwise_dgrad),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),
         ("bn_fwd_apply", _fake_bn_fwd_apply),
         ("bn_bwd_reduce", _fake_bn_bwd_reduce),

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "cpu/bn.h"
+#include "cpu/capability.h"
 
 TORCH_LIBRARY(bnfast, m) {
   m.def(
@@ -18,6 +18,8 @@ TORCH_LIBRARY(bnfast, m) {
       "bn_bwd_apply(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
       "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) "
       "-> (Tensor dz, Tensor dresidual)");
+  m.def(
+      "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("weight_checksum(Tensor weight) -> int");
 }
 

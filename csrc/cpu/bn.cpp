@@ -2,8 +2,6 @@
 //
 // Units of work and the order in which their results are merged depend on the shape alone, so the bits do not depend on the
 // number of threads.
-#include "bn.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -15,6 +13,8 @@
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "capability_table.h"
 
 namespace bnfast {
 namespace {
@@ -31,16 +31,6 @@ constexpr int64_t kSmallPlane = 32;      // planes smaller than this are treated
 constexpr int64_t kLongestRow = 32768;   // ... of at most this length
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat;
-    case at::kDouble: return Dtype::kDouble;
-    case at::kBFloat16: return Dtype::kBf16;
-    case at::kHalf: return Dtype::kF16;
-    default: TORCH_CHECK(false, "bnfast: z is ", t.scalar_type(), "; float32, float64, bfloat16 and float16 are allowed");
-  }
-}
 
 Act act_of(c10::string_view name) {
   if (name == "identity") return Act::kIdentity;

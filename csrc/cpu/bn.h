@@ -14,8 +14,6 @@
 
 namespace bnfast {
 
-enum class Dtype : int { kFloat, kDouble, kBf16, kF16, kCount };
-
 // Where the backward finds the slope of the activation.
 enum class Slope : int { kFromZ, kFromZAndResidual, kFromBits };
 
@@ -62,13 +60,5 @@ struct BnKernels {
   void (*bwd_apply_rows)(const BnTensors&, RowSpan);
   void (*bwd_apply_planes)(const BnTensors&, PlaneSpan);
 };
-
-struct Capability {
-  const char* name;
-  BnKernels bn[static_cast<int>(Dtype::kCount)];
-};
-
-// The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.
-const Capability& cpu_capability();
 
 }  // namespace bnfast

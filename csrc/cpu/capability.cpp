@@ -1,10 +1,10 @@
 // Which of the compiled capabilities this processor runs.
+#include "capability.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-
-#include "bn.h"
 
 namespace bnfast {
 

@@ -1,14 +1,20 @@
-// The body of each capability_<name>.cpp: all kernels, compiled for one instruction set in a namespace of its own, so
-// that no function of one set can be linked in place of another's. The file that includes it defines BNFAST_NAMESPACE,
-// BNFAST_VECTOR_BYTES and the target pragma, and includes the standard headers before that pragma.
-#include "bn_kernels.h"
+// What each capability provides: one set of kernels per family and dtype. No torch headers: the kernels include it.
+#pragma once
 
-namespace bnfast::BNFAST_NAMESPACE {
+#include "bn.h"
+#include "conv_depthwise.h"
 
-extern const Capability capability;
-const Capability capability = {
-    BNFAST_STRINGIFY(BNFAST_NAMESPACE),
-    {bn_kernels<float>(), bn_kernels<double>(), bn_kernels<bf16>(), bn_kernels<f16>()},
+namespace bnfast {
+
+enum class Dtype : int { kFloat, kDouble, kBf16, kF16, kCount };
+
+struct Capability {
+  const char* name;
+  BnKernels bn[static_cast<int>(Dtype::kCount)];
+  DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
 };
 
-}  // namespace bnfast::BNFAST_NAMESPACE
+// The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.
+const Capability& cpu_capability();
+
+}  // namespace bnfast

@@ -9,7 +9,7 @@
 
 #define BNFAST_NAMESPACE avx2
 #define BNFAST_VECTOR_BYTES 32
-#include "capability.h"
+#include "capability_body.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

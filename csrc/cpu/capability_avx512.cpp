@@ -9,7 +9,7 @@
 
 #define BNFAST_NAMESPACE avx512
 #define BNFAST_VECTOR_BYTES 64
-#include "capability.h"
+#include "capability_body.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

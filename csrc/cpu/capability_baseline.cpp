@@ -2,4 +2,4 @@
 
 #define BNFAST_NAMESPACE baseline
 #define BNFAST_VECTOR_BYTES 16
-#include "capability.h"
+#include "capability_body.h"

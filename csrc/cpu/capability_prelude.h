@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "bn.h"
+#include "capability.h"
 
 #define BNFAST_STRINGIFY_(x) #x
 #define BNFAST_STRINGIFY(x) BNFAST_STRINGIFY_(x)

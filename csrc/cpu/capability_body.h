@@ -1,0 +1,16 @@
+// The body of each capability_<name>.cpp: all kernels, compiled for one instruction set in a namespace of its own, so
+// that no function of one set can be linked in place of another's. The file that includes it defines BNFAST_NAMESPACE,
+// BNFAST_VECTOR_BYTES and the target pragma, and includes the standard headers before that pragma.
+#include "bn_kernels.h"
+#include "conv_depthwise_kernels.h"
+
+namespace bnfast::BNFAST_NAMESPACE {
+
+extern const Capability capability;
+const Capability capability = {
+    BNFAST_STRINGIFY(BNFAST_NAMESPACE),
+    {bn_kernels<float>(), bn_kernels<double>(), bn_kernels<bf16>(), bn_kernels<f16>()},
+    {depthwise_kernels<float>(), depthwise_kernels<double>(), depthwise_kernels<bf16>(), depthwise_kernels<f16>()},
+};
+
+}  // namespace bnfast::BNFAST_NAMESPACE
