@@ -59,11 +59,13 @@ def convert(
     for block in reversed(list(model.modules())):
         if not _can_hold_plan(block):
             continue
-        found = plans_of(block, backend, memory_format, small)
+        found = plans_of(block, backend, memory_format == torch.channels_last, small)
         for path, note in found.partners.items():
             block.get_submodule(path).__dict__["_bnfast_note"] = note
         if found.plans:
-            PlannedForward(block, found.plans, backend, memory_format).install()
+            PlannedForward(
+                block, found.plans, backend, memory_format == torch.channels_last
+            ).install()
         block.__dict__["_bnfast_found"] = _Findings.of(found)
     return model
 

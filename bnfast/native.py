@@ -27,7 +27,6 @@ _STATS = (
 
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     weight = _as_dtype(weight, x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
     return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -152,8 +151,7 @@ def _fake_bn_bwd_apply(
 
 
 def _fake_conv_forward(x, weight, bias, stride, padding, dilation, groups):
-    bias = None if bias is None else bias.to(x.dtype)
-    return reference.conv_forward(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+    return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _fake_conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):

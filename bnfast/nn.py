@@ -33,15 +33,15 @@ class _Noted:
 class _FrozenConv(_Noted):
     """A convolution that keeps no input for the backward pass while its weight and bias need no gradient."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if (
             torch.is_grad_enabled()
-            and x.requires_grad
+            and input.requires_grad
             and is_frozen(self)
-            and x.dim() == self.weight.dim()
+            and input.dim() == self.weight.dim()
         ):
-            return run_chain(x, "auto", (self, None, "identity", 0.0, None, False))
-        return super().forward(x)
+            return run_chain(input, "auto", (self, None, "identity", 0.0, None, False))
+        return super().forward(input)
 
 
 class FrozenConv1d(_FrozenConv, nn.Conv1d):
@@ -63,10 +63,10 @@ class _BatchNormAct(_Noted):
     act = "identity"
     negative_slope = 0.01
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(BatchNorm(x) + residual); x, residual [N, C, ...] of one shape and dtype, any strides."""
-        self._check_input_dim(x)
-        return run_chain(x, "auto", (None, self, self.act, self.negative_slope, residual, False))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(BatchNorm(input) + residual); both [N, C, ...] of one shape and dtype, any strides."""
+        self._check_input_dim(input)
+        return run_chain(input, "auto", (None, self, self.act, self.negative_slope, residual, False))
 
 
 def _batch_norm_act(base: type[nn.Module], name: str) -> type[nn.Module]:
@@ -248,6 +248,7 @@ def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
         if bn is None:
             fields["normalize"] = False
         else:
+            bn._check_input_dim(x)  # a frozen convolution keeps the number of dimensions
             _norm_fields(bn, fields)
         if residual is not None and not _residual_fits(residual, x, ready, fields):
             ready.append(ops.Unit(**fields))
@@ -282,6 +283,8 @@ def _residual_fits(
     residual: Tensor, x: Tensor, ready: list[ops.Unit], fields: dict[str, Any]
 ) -> bool:
     """Whether the residual has the shape and dtype of the unit's output."""
+    if not isinstance(residual, Tensor):
+        return False
     shape = list(x.shape)
     dtype = x.dtype
     weights = False
@@ -345,7 +348,8 @@ class Plan:
             if type(module) is not guard.cls:
                 return False
             if guard.is_called and (
-                module._forward_hooks
+                type(module.__dict__.get("forward")) not in (type(None), PlannedForward)
+                or module._forward_hooks
                 or module._forward_pre_hooks
                 or module._backward_hooks
                 or module._backward_pre_hooks
@@ -371,12 +375,12 @@ class PlannedForward:
     """
 
     def __init__(
-        self, block: nn.Module, plans: tuple[Plan, ...], backend: str, memory_format
+        self, block: nn.Module, plans: tuple[Plan, ...], backend: str, channels_last: bool
     ) -> None:
         self.block = block
         self.plans: tuple[Plan, ...] | None = plans
         self.backend = backend
-        self.memory_format = memory_format
+        self.channels_last = channels_last
 
     def install(self) -> None:
         """Puts it, and its way through nn.DataParallel, on the block."""
@@ -386,7 +390,7 @@ class PlannedForward:
     def replicate(self) -> nn.Module:
         """A replica of the block for nn.DataParallel, whose forward is bound to the replica."""
         replica = type(self.block)._replicate_for_data_parallel(self.block)
-        PlannedForward(replica, self.plans, self.backend, self.memory_format).install()
+        PlannedForward(replica, self.plans, self.backend, self.channels_last).install()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -419,7 +423,7 @@ class PlannedForward:
     def _plan_again(self) -> None:
         from .planning import plans_of
 
-        self.plans = plans_of(self.block, self.backend, self.memory_format).plans
+        self.plans = plans_of(self.block, self.backend, self.channels_last).plans
 
 
 def _global_hooks() -> bool:

@@ -109,6 +109,11 @@ def _check(unit: Unit, x: Tensor) -> None:
             )
     if unit.weight is None and not unit.normalize:
         raise ValueError("a unit without weight and with normalize=False has nothing to compute")
+    if not unit.normalize and (unit.act != "identity" or unit.residual is not None):
+        raise ValueError("act and residual follow a BatchNorm; with normalize=False there is none")
+    has_buffers = unit.running_mean is not None and unit.running_var is not None
+    if unit.normalize and not (unit.use_batch_statistics or has_buffers):
+        raise ValueError("use_batch_statistics is False; that needs running_mean and running_var")
     if not x.is_floating_point():
         raise ValueError(f"x is of dtype {x.dtype}; floating point is needed")
 

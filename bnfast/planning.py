@@ -23,6 +23,7 @@ from .nn import (
     run_chain,
     unsupported_conv,
 )
+from .reference import SMOOTH_ACTS
 from .tracing import Trace, Untraceable, trace
 
 CONV_CLASSES = {*FROZEN_CLASSES, *FROZEN_CLASSES.values(), nn.Linear}
@@ -138,24 +139,27 @@ class BlockPlans:
 def plans_of(
     block: nn.Module,
     backend: str,
-    memory_format: torch.memory_format | None,
-    small: dict[int, bool] | None = None,
+    channels_last: bool,
+    known: dict[Any, bool] | None = None,
 ) -> BlockPlans:
     """Plans for all modes that the block's forward can be in; empty, with the reason, where it has no trace or no unit.
 
-    small remembers, over the blocks of one model, which children are looked into from their parents.
+    known remembers, over the blocks of one model, which children are looked into from their parents, ("small", id), and
+    which may write to their inputs, ("writes", id).
     """
+    if is_patched(block):
+        return BlockPlans(reason=f"{type(block).__name__}.forward is replaced on this object")
     if norm_act(block) is not None:
         return _norm_act_plan(block, backend)
-    small = {} if small is None else small
+    known = {} if known is None else known
     for child in list(block.modules())[1:]:
-        if id(child) not in small:
-            small[id(child)] = _is_small(child)
+        if ("small", id(child)) not in known:
+            known["small", id(child)] = _is_small(child)
 
     def is_leaf(module: nn.Module, path: str) -> bool:
         if not module._modules or is_norm(module) or has_hooks(module):
             return True
-        return type(module).forward is not nn.Sequential.forward and not small[id(module)]
+        return type(module).forward is not nn.Sequential.forward and not known["small", id(module)]
 
     found = BlockPlans()
     plans: list[Plan] = []
@@ -168,7 +172,7 @@ def plans_of(
                 found.reason = found.reason or f"{name}.forward cannot be traced: {error}"
                 continue
             for traced in traces:
-                plan = _Builder(block, traced, backend, memory_format, found).plan()
+                plan = _Builder(block, traced, backend, channels_last, found, known).plan()
                 if plan is not None:
                     plans.append(plan)
         if not any("training" in names for t in traces for names in t.reads.values()):
@@ -200,10 +204,17 @@ def _slope_of(module: nn.Module) -> tuple[tuple[str, float], ...]:
     return () if slope is None else (("negative_slope", slope),)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether someone gave this one object a forward of its own."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not isinstance(forward, PlannedForward)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything hangs on the module's call."""
     return bool(
-        module._forward_hooks
+        is_patched(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -241,6 +252,34 @@ def _is_small(module: nn.Module) -> bool:
     return True
 
 
+def _may_write(module: nn.Module, known: dict[Any, bool]) -> bool:
+    """Whether calling the module may write to what it is given: what its trace says, yes where it has none."""
+    if is_norm(module) or type(module).__name__ in ("StochasticDepth", "DropPath"):
+        return False
+    if type(module).__module__.startswith("torch.nn") and not module._modules:
+        return getattr(module, "inplace", False) is True
+    key = "writes", id(module)
+    if key not in known:
+        known[key] = has_hooks(module) or _trace_writes(module, known)
+    return known[key]
+
+
+def _trace_writes(module: nn.Module, known: dict[Any, bool]) -> bool:
+    for training in (True, False):
+        with _in_mode(module, training):
+            try:
+                traces = trace(module, lambda m, path: not m._modules or is_norm(m) or has_hooks(m))
+            except Untraceable:
+                return True
+        for traced in traces:
+            builder = _Builder(module, traced, "auto", False, BlockPlans(), known)
+            roots = builder.alias_roots()
+            for node in traced.graph.nodes:
+                if any(r.op == "placeholder" for n in builder.writes(node) for r in roots[n]):
+                    return True
+    return False
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a BatchNorm that units can hold: of an exact class of torch's, ours, or timm's with an activation."""
     return type(module) in BN_CLASSES or norm_act(module) is not None
@@ -263,20 +302,21 @@ def norm_act(module: nn.Module) -> tuple[str, float] | None:
 class _Builder:
     """Makes one plan from one trace."""
 
-    def __init__(self, block, traced: Trace, backend, memory_format, found: BlockPlans):
+    def __init__(self, block, traced: Trace, backend, channels_last, found: BlockPlans, known):
         self.block = block
         self.traced = traced
         self.graph = traced.graph
         self.backend = backend
-        self.memory_format = memory_format
+        self.channels_last = channels_last
         self.found = found
+        self.known = known
         self.called: set[tuple[str, ...]] = set()  # modules that the plan runs without calling them
         self.reads = traced.reads
 
     def plan(self) -> Plan | None:
         self._remove_transparent()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
-        self.roots = self._alias_roots()
+        self.roots = self.alias_roots()
         units = [unit for node in self.graph.nodes if (unit := self._unit_at(node)) is not None]
         units = self._disjoint(units)
         if not units:
@@ -284,9 +324,11 @@ class _Builder:
         chains = self._chains(units)
         for unit in units:
             self._note(unit)
+        convs = [unit.conv.target for unit in units if unit.conv is not None]
+        written = self._written(units)
         run_nodes = [self._replace(chain) for chain in chains]
-        if self.memory_format == torch.channels_last:
-            self._keep_layout(run_nodes)
+        if self.channels_last and written is not None:
+            self._keep_layout(run_nodes, convs, written)
         self.graph.lint()
         return self._compile()
 
@@ -313,6 +355,9 @@ class _Builder:
                 self.reads.setdefault(path, {})[attribute] = probability
             elif type(module) is not nn.Identity:
                 continue
+            copies = attribute == "p" and type(module).__name__.startswith("Dropout")
+            if copies and any(node in self.writes(n) for n in node.users):
+                continue  # in training mode the input stays as it is
             self.called.add(path)
             node.replace_all_uses_with(node.args[0])
             self.graph.erase_node(node)
@@ -374,20 +419,25 @@ class _Builder:
         elif why:
             self.found.unfused_conv[node.target] = why
         own_act = norm_act(bn)
+        reader = _only_reader(node)
         if own_act is not None:
             unit.act, unit.slope = own_act
-            return unit
-        reader = _only_reader(node)
-        if reader is not None and (act := self._act_of(reader)):
+            if "act" in bn._modules:
+                path = (*node.target.split("."), "act")
+                self.reads.setdefault(path, {}).update(_slope_of(bn.act))
+        elif reader is not None and (act := self._act_of(reader)):
             unit.act_node, (unit.act, unit.slope) = reader, act
         elif reader is not None and (add := self._add_of(reader, node)):
             unit.add, unit.adds_in_place = reader, add[1]
             after = _only_reader(reader)
             if after is not None and (act := self._act_of(after)):
                 unit.act_node, (unit.act, unit.slope) = after, act
-        # A later end is given up where something in between could write to what the unit reads.
-        if unit.last is not node and self._is_disturbed([unit]):
+        # A later end, and then the convolution, are given up where something in between could write to what the unit reads.
+        if unit.last is not node and (self._is_disturbed([unit]) or self._loses_residual(unit)):
             unit.end_at_bn()
+        if unit.conv is not None and self._is_disturbed([unit]):
+            unit.conv = None
+            self.found.unfused_conv[node.target] = "something in between may write to the convolution's input"
         return unit
 
     def _why_no_conv(self, source: fx.Node) -> str | None:
@@ -423,7 +473,7 @@ class _Builder:
 
     # -- what may be moved
 
-    def _alias_roots(self) -> dict[fx.Node, frozenset[fx.Node]]:
+    def alias_roots(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """For each node the values whose memory its output may share."""
         roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.graph.nodes:
@@ -431,22 +481,19 @@ class _Builder:
             fresh = (node.op == "call_function" and node.target in _FRESH_FUNCTIONS) or (
                 module is not None and (is_norm(module) or type(module) in CONV_CLASSES)
             )
+            fresh = fresh and not self.writes(node)
             shared = frozenset().union(*(roots[n] for n in node.all_input_nodes)) if not fresh else frozenset()
             roots[node] = shared | {node}
         return roots
 
-    def _writes(self, node: fx.Node) -> Iterable[fx.Node]:
+    def writes(self, node: fx.Node) -> Iterable[fx.Node]:
         """The arguments that a node may write to."""
         inputs = node.all_input_nodes
         if node.op == "call_method":
             name = node.target
             return inputs[:1] if name.endswith("_") and not name.endswith("__") else ()
         if node.op == "call_module":
-            module = self._module(node)
-            below = list(module.modules())
-            if any(getattr(m, "inplace", False) is True for m in below):
-                return inputs
-            return () if all(m.__module__.startswith("torch.nn") or is_norm(m) for m in below) else inputs
+            return inputs if _may_write(self._module(node), self.known) else ()
         if node.op == "call_function":
             name = getattr(node.target, "__name__", "")
             in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
@@ -465,12 +512,20 @@ class _Builder:
         for node in self.graph.nodes:
             at = self.order[node]
             if start < at < end:
-                if node not in own and any(read & self.roots[n] for n in self._writes(node)):
+                if node not in own and any(read & self.roots[n] for n in self.writes(node)):
                     return True
                 for unit in units:
-                    if unit.last is node and unit.residual is not None:
+                    if unit.add is node:
                         read |= self.roots[unit.residual]
         return False
+
+    def _loses_residual(self, unit: FoundUnit) -> bool:
+        """Whether a residual that is kept for the backward pass is written to later in the block."""
+        if unit.add is None or unit.act not in SMOOTH_ACTS:
+            return False
+        kept = self.roots[unit.residual]
+        later = (n for n in self.graph.nodes if self.order[n] > self.order[unit.add])
+        return any(kept & self.roots[value] for n in later for value in self.writes(n))
 
     def _chains(self, units: list[FoundUnit]) -> list[list[FoundUnit]]:
         chains: list[list[FoundUnit]] = []
@@ -530,35 +585,58 @@ class _Builder:
                 self.graph.erase_node(node)
         return call
 
-    def _keep_layout(self, run_nodes: list[fx.Node]) -> None:
+    def _written(self, units: list[FoundUnit]) -> set[fx.Node] | None:
+        """The inputs that something outside the units writes to; None where a write reaches a value through a view.
+
+        A block that is run in another layout works on copies. A write shows in all of them only where it goes to the one
+        value that everything else reads, and never where the value belongs to the caller.
+        """
+        own = {node for unit in units for node in unit.nodes()}
+        written: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            for value in self.writes(node) if node not in own else ():
+                inputs = {n for n in self.roots[value] if n.op == "placeholder"}
+                sharing = [n for n in self.graph.nodes if self.roots[n] & self.roots[value]]
+                written |= inputs
+                if not inputs and not all(
+                    n in own or self._is_layout_free(n) for n in sharing if n.op != "output"
+                ):
+                    return None
+        return written
+
+    def _keep_layout(self, run_nodes: list[fx.Node], convs: list[str], written: set[fx.Node]) -> None:
         """Runs the block in channels_last where its input is plain NCHW, and hands out what NCHW would have given.
 
         Values that come from a converted input stay in channels_last through operations that do not show it; anything else
-        that reads one, the caller included, gets it back in NCHW.
+        that reads one, the caller included, gets it back in NCHW. convs are the paths of the convolutions in units.
         """
         free: set[fx.Node] = set()
         chains = set(run_nodes)
-        converted: list[fx.Node] = []
-        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        inputs = [
+            n
+            for n in self.graph.nodes
+            if n.op == "placeholder" and n.target not in self.traced.list_inputs
+        ]
         after_inputs = next(n for n in self.graph.nodes if n.op != "placeholder")
+        converted: dict[fx.Node, list[fx.Node]] = {}
         for given in inputs:
-            if given.target in self.traced.list_inputs:
-                continue
             readers = [n for n in given.users if n in chains or self._is_layout_free(n)]
-            if not any(n in chains or self._module(n) is not None for n in readers):
-                continue
-            with self.graph.inserting_before(after_inputs):
-                inside = self.graph.call_function(to_channels_last, (given,))
-            for reader in readers:
-                reader.replace_input_with(given, inside)
-            converted.append(given)
-            free.add(inside)
+            if given not in written and any(
+                n in chains or self._module(n) is not None for n in readers
+            ):
+                converted[given] = readers
         if not converted:
             return
         with self.graph.inserting_before(after_inputs):
-            was_nchw = self.graph.call_function(is_plain_nchw, (converted[0],))
+            conv = self.graph.get_attr(convs[0]) if convs else None
+            is_nchw = self.graph.call_function(are_plain_nchw, (conv, *inputs))
+            for given, readers in converted.items():
+                inside = self.graph.call_function(to_channels_last, (given, is_nchw))
+                for reader in readers:
+                    reader.replace_input_with(given, inside)
+                free.add(inside)
         for node in list(self.graph.nodes):
-            if node in free or node is was_nchw:
+            if node in free:
                 continue
             from_free = [n for n in node.all_input_nodes if n in free]
             if not from_free:
@@ -568,7 +646,7 @@ class _Builder:
                 continue
             for value in from_free:
                 with self.graph.inserting_before(node):
-                    back = self.graph.call_function(back_to_nchw, (value, was_nchw))
+                    back = self.graph.call_function(back_to_nchw, (value, is_nchw))
                 node.replace_input_with(value, back)
 
     def _is_layout_free(self, node: fx.Node) -> bool:
@@ -599,6 +677,11 @@ class _Builder:
 
     def _guards(self) -> tuple[Guard, ...]:
         paths = {*self.traced.visited, *self.called, *self.reads}
+        held = set(self.traced.visited)
+        for path in sorted(self.traced.visited):
+            held |= _containers(self.block.get_submodule(".".join(path)), path)
+        held |= {p for p in self.called if norm_act(self.block.get_submodule(".".join(p)))}
+        paths |= held
         guards = []
         for path in sorted(paths):
             module = self.block.get_submodule(".".join(path))
@@ -608,13 +691,22 @@ class _Builder:
                     path=path,
                     cls=_class_after(module),
                     children=tuple((n, _class_after(m)) for n, m in module._modules.items())
-                    if inlined
+                    if path in held
                     else None,
                     attributes=tuple(self.reads.get(path, {}).items()),
                     is_called=bool(path) and (inlined or path in self.called),
                 )
             )
         return tuple(guards)
+
+
+def _containers(module: nn.Module, path: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Paths of the containers below a module whose children its forward may call without calling them."""
+    found = set()
+    for name, child in module._modules.items():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            found |= {(*path, name)} | _containers(child, (*path, name))
+    return found
 
 
 def _class_after(module: nn.Module | None) -> type:
@@ -629,20 +721,23 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 # ---- what plans call ---------------------------------------------------------------------------------------------------
 
 
-def is_plain_nchw(x: torch.Tensor) -> bool:
-    """Whether a four-dimensional tensor is dense NCHW and nothing else."""
-    return (
-        isinstance(x, torch.Tensor)
-        and x.dim() == 4
-        and x.is_contiguous()
-        and (x.stride(1) != 1 or x.shape[1] == 1)
-        and x.numel() > 0
+def are_plain_nchw(conv: nn.Module | None, *inputs: Any) -> bool:
+    """Whether a block that is called with these inputs works in NCHW: the images among them are dense NCHW and nothing
+    else, and so is the weight of its first convolution."""
+    if conv is not None and conv.weight.dim() == 4:
+        weight = conv.weight
+        if weight.stride(1) == 1 and weight.stride(3) == weight.shape[1]:
+            return False
+    images = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4]
+    return bool(images) and all(
+        x.is_contiguous() and (x.stride(1) != 1 or x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1)
+        for x in images
     )
 
 
-def to_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x in channels_last if it is plain NCHW, else x."""
-    if not is_plain_nchw(x):
+def to_channels_last(x: torch.Tensor, is_nchw: bool) -> torch.Tensor:
+    """x in channels_last if it is an image in NCHW, else x."""
+    if not is_nchw or x.dim() != 4 or not x.numel():
         return x
     y = x.contiguous(memory_format=torch.channels_last)
     if y.stride(1) != 1:
@@ -652,9 +747,13 @@ def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def back_to_nchw(x: Any, was_nchw: bool) -> Any:
-    """x in dense NCHW if the block's input was; what is no four-dimensional tensor as it is."""
-    if was_nchw and isinstance(x, torch.Tensor) and x.dim() == 4:
-        return x.contiguous()
-    return x
-
+def back_to_nchw(x: Any, is_nchw: bool) -> Any:
+    """x in dense NCHW if the block's input was; what is no image as it is."""
+    if not is_nchw or not isinstance(x, torch.Tensor) or x.dim() < 4 or not x.numel():
+        return x
+    y = x.contiguous()
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    # Where a size is 1 the layouts coincide, and only the strides tell what comes next which one is meant.
+    return y if y.stride() == tuple(strides) else y.as_strided(y.shape, strides)

@@ -67,7 +67,9 @@ def conv_forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The convolution alone, or the linear layer where weight is [C, J]."""
+    """The convolution alone, or the linear layer where weight is [C, J]; computed in the dtype of x."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     return torch.convolution(
@@ -184,6 +186,7 @@ def conv_dgrad(
     groups: int,
 ) -> Tensor:
     """dx [N, J, *input_size] by equation (12), from dz [N, C, *] and weight [C, J / groups, *] (or [C, J], linear)."""
+    weight = weight.to(dz.dtype)
     if weight.dim() == 2:
         return dz @ weight
     output_padding = [

@@ -6,8 +6,9 @@ assumptions to be checked at each call. What cannot be checked makes the block u
 """
 
 import contextlib
-import copy
+import dis
 import inspect
+import itertools
 import operator
 import os
 import random
@@ -20,6 +21,8 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .nn import Guard
+
 _FX_FOLDER = os.path.dirname(fx.__file__)
 _TORCH_FOLDER = os.path.dirname(torch.__file__)
 _OWN_FOLDER = os.path.dirname(__file__)
@@ -27,6 +30,15 @@ _OWN_FOLDER = os.path.dirname(__file__)
 _ASKERS_FOR_THE_PROXY = (_FX_FOLDER, _OWN_FOLDER, inspect.getfile(nn.Parameter))
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"_forward_hooks", "_is_replica"}
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+# What a trace would run through without a mark in the graph: operations inside would lose it.
+_MANAGERS = (
+    (torch.no_grad, "__enter__"),
+    (torch.enable_grad, "__enter__"),
+    (torch.inference_mode, "__enter__"),
+    (torch.set_grad_enabled, "__init__"),
+    (torch.autocast, "__enter__"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
+)
 
 
 class Untraceable(Exception):
@@ -66,8 +78,9 @@ class _Result:
 
 def _trace_once(block, is_leaf, list_inputs: frozenset[str]) -> _Result:
     tracer = _Tracer(block, is_leaf, list_inputs)
-    states = random.getstate(), torch.get_rng_state()
+    states = _random_states()
     try:
+        _refuse_type_questions(type(block).forward)
         with _watched(tracer), _NoTensorOps():
             graph = tracer.trace(block)
     except Untraceable:
@@ -76,16 +89,12 @@ def _trace_once(block, is_leaf, list_inputs: frozenset[str]) -> _Result:
         words = " ".join(str(error).split()) or type(error).__name__
         raise Untraceable(words if len(words) <= 160 else words[:157] + "...") from error
     finally:
-        changed = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1])
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-    if changed:
+        drawn = _put_back(states)
+        changed = tracer.put_back()
+    if drawn:
         raise Untraceable("forward draws random numbers in Python")
-    for path, attributes in tracer.reads.items():
-        module = block.get_submodule(".".join(path))
-        for name, value in attributes.items():
-            if module.__dict__[name] != value:
-                raise Untraceable(f"forward changes {'.'.join((*path, name))}")
+    if changed:
+        raise Untraceable(f"forward changes {changed}")
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise Untraceable("forward uses a tensor that is no parameter, buffer or input")
@@ -96,6 +105,44 @@ def _trace_once(block, is_leaf, list_inputs: frozenset[str]) -> _Result:
         else _fail("forward has arguments that a trace does not see"),
         tracer.asked,
     )
+
+
+def _random_states() -> list[tuple[Any, Any, Callable[[Any], None]]]:
+    """The global random generators' states: what equality compares, the state, and the function that sets it."""
+    torch_state = torch.get_rng_state()
+    states = [
+        (random.getstate(), random.getstate(), random.setstate),
+        (torch_state.tolist(), torch_state, torch.set_rng_state),
+    ]
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        state = numpy.get_state()
+        states.append(((state[1].tobytes(), *state[2:]), state, numpy.set_state))
+    return states
+
+
+def _put_back(states: list[tuple[Any, Any, Callable[[Any], None]]]) -> bool:
+    """Sets the generators back; whether one was used meanwhile."""
+    now = _random_states()
+    for _, state, set_back in states:
+        set_back(state)
+    return any(was != is_[0] for (was, _, _), is_ in zip(states, now, strict=False))
+
+
+def _refuse_type_questions(forward: Callable[..., Any]) -> None:
+    """Raises Untraceable where a forward asks for type(argument): the answer would be the stand-in's."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or "type" not in code.co_names:
+        return
+    arguments = code.co_varnames[1 : code.co_argcount]
+    for step, following in itertools.pairwise(dis.get_instructions(code)):
+        if (
+            step.opname == "LOAD_GLOBAL"
+            and step.argval == "type"
+            and following.opname.startswith("LOAD_FAST")
+            and following.argval in arguments
+        ):
+            raise Untraceable(f"forward asks for type({following.argval})")
 
 
 def _fail(reason: str):
@@ -155,6 +202,7 @@ class _Tracer(fx.Tracer):
             raise Untraceable("forward calls a module that is not among its children")
         leaf = self.decide_leaf(module, path)
         if not leaf:
+            _refuse_type_questions(type(module).forward)
             self.visited.add(tuple(path.split(".")))
         return leaf
 
@@ -191,9 +239,48 @@ class _Tracer(fx.Tracer):
             raise Untraceable(
                 f"forward reads {'.'.join((*path, name))}, a {type(value).__name__}"
             )
-        known = self.reads.setdefault(path, {})
-        if name not in known:
-            known[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        self.reads.setdefault(path, {}).setdefault(name, _snapshot(value))
+
+    def put_back(self) -> str:
+        """Undoes what the trace did to containers that it read; the name of one, or ""."""
+        changed = ""
+        for path, attributes in self.reads.items():
+            module = self.root.get_submodule(".".join(path))
+            for name, before in attributes.items():
+                now = getattr(module, name, before)
+                if isinstance(now, (list, dict, set)) and not _is_same(now, before):
+                    changed = ".".join((*path, name))
+                    now.clear()
+                    (now.extend if isinstance(now, list) else now.update)(_snapshot(before))
+        return changed
+
+
+class _Absent:
+    """Stands for an attribute that a module does not have; plans compare it with what getattr gives instead."""
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Guard)
+
+    def __eq__(self, other: object) -> bool:
+        return not self != other
+
+    __hash__ = None
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of a checkable value that does not change with it."""
+    if isinstance(value, dict):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_snapshot(item) for item in value)
+    return value
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    try:
+        return bool(now == before)
+    except Exception:  # a stand-in is among the items
+        return False
 
 
 def _is_checkable(value: Any) -> bool:
@@ -212,17 +299,34 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     """Records the plain attributes that the block's modules are asked for, and refuses assignments and questions about
     global state."""
 
-    def get(self, name):
-        value = object.__getattribute__(self, name)
-        if (
+    def is_watched(self, name):
+        return (
             id(self) in tracer.paths
             and name not in _INTERNAL
             and not name.startswith("__")
-            and name in object.__getattribute__(self, "__dict__")
             and name not in ("forward", "_replicate_for_data_parallel", "_bnfast_note")
-            and not sys._getframe(1).f_code.co_filename.startswith((_FX_FOLDER, _OWN_FOLDER))
-        ):
-            tracer.record(self, name, value)
+        )
+
+    def get(self, name):
+        asker = sys._getframe(1).f_code.co_filename
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            if is_watched(self, name) and not asker.startswith((_TORCH_FOLDER, _OWN_FOLDER)):
+                held = self._parameters | self._buffers | self._modules
+                if held.get(name, self) is None:
+                    tracer.record(self, name, None)
+                elif name not in held:
+                    tracer.reads.setdefault(tracer.paths[id(self)], {})[name] = _Absent()
+            raise
+        if is_watched(self, name):
+            if name in object.__getattribute__(self, "__dict__"):
+                if not asker.startswith((_FX_FOLDER, _OWN_FOLDER)):
+                    tracer.record(self, name, value)
+            elif _is_class_constant(type(self), name, value) and not asker.startswith(
+                (_TORCH_FOLDER, _OWN_FOLDER)
+            ):
+                tracer.record(self, name, value)
         return value
 
     plain_set = nn.Module.__setattr__
@@ -240,19 +344,37 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
 
         return ask
 
+    def refuse(manager, *args, **kwargs):
+        raise Untraceable(f"forward uses torch's {type(manager).__name__}")
+
     questions = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
     plain = {name: getattr(torch, name) for name in questions}
     nn.Module.__getattribute__ = get
     nn.Module.__setattr__ = set_
     for name in questions:
         setattr(torch, name, refusing(f"torch.{name}", plain[name]))
+    entries = [(manager, name, getattr(manager, name)) for manager, name in _MANAGERS]
+    for manager, name, _ in entries:
+        setattr(manager, name, refuse)
     try:
         yield
     finally:
+        for manager, name, entry in entries:
+            setattr(manager, name, entry)
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = plain_set
         for name in questions:
             setattr(torch, name, plain[name])
+
+
+def _is_class_constant(cls: type, name: str, value: Any) -> bool:
+    """Whether an attribute that the object itself does not hold is a plain value on its class."""
+    return (
+        _is_checkable(value)
+        and not inspect.isroutine(value)
+        and not inspect.isclass(value)
+        and not inspect.isdatadescriptor(inspect.getattr_static(cls, name, None))
+    )
 
 
 class _NoTensorOps(TorchDispatchMode):

@@ -1,8 +1,9 @@
 // The operators' schemas, and the few functions that are no operators. Implementations register in their own files.
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "cpu/capability.h"
+#include "cpu/weights.h"
 
 TORCH_LIBRARY(bnfast, m) {
   m.def(
@@ -20,13 +21,14 @@ TORCH_LIBRARY(bnfast, m) {
       "-> (Tensor dz, Tensor dresidual)");
   m.def(
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
-  m.def("weight_checksum(Tensor weight) -> int");
 }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of bnfast; importing it registers torch.ops.bnfast.*";
   m.def("cpu_capability", [] { return bnfast::cpu_capability().name; },
         "The instruction set that the kernels use here: baseline, avx2 or avx512.");
+  m.def("weight_checksum", &bnfast::weight_checksum, pybind11::arg("weight"),
+        "A checksum of a CPU tensor over at most 4,096 evenly spaced elements.");
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;

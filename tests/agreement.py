@@ -70,7 +70,11 @@ def step(
     values = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     for i, value in enumerate(values):
         result[f"output {i}"] = value.detach().clone()
-        result[f"strides of output {i}"] = value.stride()
+        # The strides of dimensions of size 1 mean something in NCHW alone: torch itself mixes them in channels_last.
+        strict = all(t.is_contiguous() for t in given)
+        result[f"strides of output {i}"] = tuple(
+            s for s, size in zip(value.stride(), value.shape, strict=True) if strict or size > 1
+        )
     for i, value in enumerate(given):
         result[f"tensor {i} that was handed in"] = value.detach().clone()
     values = [t for t in values if t.requires_grad]
@@ -175,7 +179,8 @@ class PlanCounter:
         monkeypatch.setattr(bnfast.nn.Plan, "fits", fits)
 
     def runs(self, model: nn.Module, *inputs: Any) -> bool:
-        """Whether the model's own plan runs on these inputs; blocks below it count for nothing else."""
+        """Whether plans run on these inputs, in a copy of the model."""
+        model = copy.deepcopy(model)
         self.calls = 0
         with torch.no_grad():
             model(*inputs)

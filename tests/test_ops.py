@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from cases import lay_out
+from cases import FULL, lay_out
 from closeness import assert_bit_equal, assert_close_to_oracle
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bnfast
 from bnfast import dispatch, native, ops, reference, weights
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -86,7 +87,9 @@ def input_of(conv: Conv, dtype=torch.float64, layout="contiguous", needs_grad=Tr
     return lay_out(torch.randn(shape, dtype=dtype), layout).requires_grad_(needs_grad)
 
 
-def make_unit(conv: Conv, dtype=torch.float64, residual: Tensor | None = None, **fields) -> ops.Unit:
+def make_unit(
+    conv: Conv, dtype=torch.float64, residual: Tensor | None = None, **fields
+) -> ops.Unit:
     """A unit with random weights, affine parameters that need gradients, and running statistics."""
     c = conv.out
     drawn = {
@@ -131,8 +134,11 @@ def plain_chain(x: Tensor, units: list[ops.Unit]) -> Tensor:
     for u in units:
         x = plain_conv(x, u)
         if u.normalize:
+            momentum = u.momentum
             if u.use_batch_statistics and u.num_batches_tracked is not None:
                 u.num_batches_tracked.add_(1)
+                if momentum is None:
+                    momentum = 1 / u.num_batches_tracked.item()
             x = F.batch_norm(
                 x,
                 u.running_mean,
@@ -140,7 +146,7 @@ def plain_chain(x: Tensor, units: list[ops.Unit]) -> Tensor:
                 u.gamma,
                 u.beta,
                 u.use_batch_statistics,
-                u.momentum,
+                momentum,
                 u.eps,
             )
         x = x if u.residual is None else x + u.residual
@@ -173,10 +179,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol=1e-
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         atol = rtol * (1 + value.abs().max().item() if value.numel() else 1)
-        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
-def assert_matches_plain(x: Tensor, units: list[ops.Unit], backend: str, layout="contiguous") -> None:
+def assert_matches_plain(
+    x: Tensor, units: list[ops.Unit], backend: str, layout="contiguous"
+) -> None:
     """A step through `backend` gives the outputs, gradients and statistics of the same step in plain PyTorch."""
     copies = [twin(u) for u in units]
     same_x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -192,21 +202,39 @@ def assert_matches_plain(x: Tensor, units: list[ops.Unit], backend: str, layout=
 
 def operator_inputs(name: str):
     """Yields argument tuples for an operator of torch.ops.bnfast, none with a gradient."""
-    shapes = [(2, 3, 5, 6), (3, 17, 2, 3), (2, 1, 7, 9), (2, 1, 1, 8), (4, 5), (2, 3, 40), (2, 4, 2, 3, 3)]
+    shapes = [
+        (2, 3, 5, 6),
+        (3, 17, 2, 3),
+        (2, 1, 7, 9),
+        (2, 1, 1, 8),
+        (4, 5),
+        (2, 3, 40),
+        (2, 4, 2, 3, 3),
+    ]
     layouts = ("contiguous", "channels_last", "slice", "transposed")
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
     acts = itertools.cycle(reference.ACTS)
-    if name == "weight_checksum":
-        for layout in layouts:
-            yield (lay_out(torch.randn(4, 3, 3, 3), layout),)
+    if name == "depthwise_dgrad":
+        for kernel, dtype in zip((1, 3, 5), dtypes, strict=False):
+            dz = lay_out(torch.randn(2, 5, 4, 3, dtype=dtype), "channels_last")
+            taps = torch.randn(kernel, kernel, 5, dtype=reference.accumulator(dtype))
+            padding = kernel // 2
+            yield (dz, taps, (8, 5), (2, 2), (padding, padding), (1, 1))
         return
     if name.startswith("conv_"):
-        for (conv, layout), dtype in zip(itertools.product(CONVS.values(), layouts[:2]), dtypes, strict=False):
+        for (conv, layout), dtype in zip(
+            itertools.product(CONVS.values(), layouts[:2]), dtypes, strict=False
+        ):
             if conv.kernel is None:
                 continue
             x = input_of(conv, dtype, layout, needs_grad=False)
             f = conv.fields(dtype)
-            geometry = (f.get("stride", ()), f.get("padding", ()), f.get("dilation", ()), conv.groups)
+            geometry = (
+                f.get("stride", ()),
+                f.get("padding", ()),
+                f.get("dilation", ()),
+                conv.groups,
+            )
             if name == "conv_dgrad":
                 dz = lay_out(torch.randn_like(plain_conv(x, ops.Unit(**f))), layout)
                 yield (dz, f["weight"], x.shape[2:], *geometry)
@@ -251,28 +279,44 @@ def statistics(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 def registered_operators() -> list[str]:
     names = torch._C._dispatch_get_all_op_names()
-    return sorted({n.removeprefix("bnfast::").split(".")[0] for n in names if n.startswith("bnfast::")})
+    return sorted(
+        {n.removeprefix("bnfast::").split(".")[0] for n in names if n.startswith("bnfast::")}
+    )
 
 
 @needs_native
 @pytest.mark.parametrize("name", registered_operators())
 def test_opcheck(name):
     operator = getattr(torch.ops.bnfast, name).default
-    for args in operator_inputs(name):
-        torch.library.opcheck(operator, args)
+    cheap = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for i, args in enumerate(operator_inputs(name)):
+        # Compiling for dynamic shapes takes longer than all the others together.
+        if FULL or i % 9 == 0:
+            torch.library.opcheck(operator, args)
+        else:
+            torch.library.opcheck(operator, args, test_utils=cheap)
 
 
 @needs_native
 def test_operators_are_the_phases():
     phases = {n for n, f in vars(reference).items() if inspect.isfunction(f) and hasattr(native, n)}
-    assert {"conv_fwd_reduce", "bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply", "conv_dgrad"} <= phases
+    assert {
+        "conv_fwd_reduce",
+        "bn_fwd_reduce",
+        "bn_fwd_apply",
+        "bn_bwd_reduce",
+        "bn_bwd_apply",
+        "conv_dgrad",
+    } <= phases
     assert phases - {"accumulator"} <= set(registered_operators())
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "transposed"])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (2, 3, 50, 61), (4, 5), (2, 3, 40), (2, 4, 2, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 6), (2, 3, 50, 61), (4, 5), (2, 3, 40), (2, 4, 2, 3, 3)], ids=str
+)
 def test_strides_of_fake_and_real_agree(shape, layout, dtype):
     """opcheck compares the strides of dense outputs only loosely where a size is 1; the bits must have the right length."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -300,7 +344,9 @@ def assert_gradcheck(x: Tensor, unit: ops.Unit, backend: str) -> None:
         fields = {n.removeprefix("0."): v for n, v in given.items() if n != "x"}
         return ops.frozen_conv_bn_act(given.get("x", x), [unit._replace(**fields)], backend)
 
-    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+    # The fast form compares random projections of the Jacobians.
+    fast = not FULL and sum(t.numel() for t in inputs.values()) > 100
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()), fast_mode=fast)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -327,7 +373,9 @@ def test_gradcheck_of_each_convolution(backend, conv, training):
 def test_gradcheck_without_batch_norm(backend, conv):
     if conv.kernel is None:
         pytest.skip("nothing to compute")
-    assert_gradcheck(input_of(conv), ops.Unit(**conv.fields(torch.float64), normalize=False), backend.name)
+    assert_gradcheck(
+        input_of(conv), ops.Unit(**conv.fields(torch.float64), normalize=False), backend.name
+    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
@@ -350,14 +398,7 @@ def test_chains_equal_plain_composition(backend, act):
         shape = plain_chain(x, [twin(u) for u in (first, second, third)]).shape
     second = second._replace(residual=torch.randn(2, 8, 5, 6, dtype=x.dtype).requires_grad_())
     third = third._replace(residual=torch.randn(shape, dtype=x.dtype).requires_grad_())
-    # momentum=None is F.batch_norm's cumulative average only through the module: the factor of the fourth batch is 1 / 4.
-    copies = [twin(first), twin(second), twin(third)._replace(momentum=0.25)]
-    same_x = x.detach().clone().requires_grad_()
-    y = plain_chain(same_x, copies)
-    dy = torch.randn_like(y)
-    expected = outputs_of(y, dy, same_x, copies)
-    y = ops.frozen_conv_bn_act(x, [first, second, third], backend.name)
-    assert_same(outputs_of(y, dy, x, [first, second, third]), expected)
+    assert_matches_plain(x, [first, second, third], backend.name)
 
 
 def test_chain_of_mixed_statistics(backend):
@@ -395,7 +436,9 @@ def test_chain_whose_residual_is_its_own_input(backend):
 def test_gradients_asked_for_one_by_one(backend, act, training):
     x = input_of(PLAIN)
     units = [make_unit(u, act=act, use_batch_statistics=training) for u in (PLAIN, Conv(4, 4))]
-    units = [u._replace(residual=torch.randn(2, 4, 5, 6, dtype=x.dtype).requires_grad_()) for u in units]
+    units = [
+        u._replace(residual=torch.randn(2, 4, 5, 6, dtype=x.dtype).requires_grad_()) for u in units
+    ]
     dy = torch.randn(2, 4, 5, 6, dtype=x.dtype)
     everything = outputs_of(ops.frozen_conv_bn_act(x, units, backend.name), dy, x, units)
     names = list(leaves(x, units))
@@ -415,14 +458,20 @@ def test_gradients_asked_for_one_by_one(backend, act, training):
         wanted = leaves(some_x, some)
         assert set(wanted) == set(subset)
         for name, leaf in wanted.items():
-            torch.testing.assert_close(leaf.grad, everything[f"grad of {name}"], rtol=1e-12, atol=1e-12)
-    nothing = [u._replace(gamma=u.gamma.detach(), beta=u.beta.detach(), residual=None) for u in units]
+            torch.testing.assert_close(
+                leaf.grad, everything[f"grad of {name}"], rtol=1e-12, atol=1e-12
+            )
+    nothing = [
+        u._replace(gamma=u.gamma.detach(), beta=u.beta.detach(), residual=None) for u in units
+    ]
     assert not ops.frozen_conv_bn_act(x.detach(), nothing, backend.name).requires_grad
     with torch.no_grad():
         assert not ops.frozen_conv_bn_act(x, units, backend.name).requires_grad
 
 
-@pytest.mark.parametrize("layout", ["expanded", "slice", "channels_last", "transposed", "channel_slice"])
+@pytest.mark.parametrize(
+    "layout", ["expanded", "slice", "channels_last", "transposed", "channel_slice"]
+)
 @pytest.mark.parametrize("act", reference.ACTS)
 def test_upstream_gradient_of_any_layout(backend, act, layout):
     x = input_of(PLAIN)
@@ -503,13 +552,17 @@ def test_autocast(backend, training):
         return outputs_of(y, dy.to(y.dtype), own_x, [own])
 
     oracle = step(plain_chain, torch.float64, False)
-    stocks = [step(plain_chain, torch.float32, True, layout) for layout in ("contiguous", "channels_last")]
+    stocks = [
+        step(plain_chain, torch.float32, True, layout) for layout in ("contiguous", "channels_last")
+    ]
     ours = step(lambda x, u: ops.frozen_conv_bn_act(x, u, backend.name), torch.float32, True)
     assert ours["y"].dtype == torch.bfloat16 == stocks[0]["y"].dtype
     for name in oracle.keys() - {"0.num_batches_tracked"}:
         assert name == "y" or ours[name].dtype == torch.float32, name
         terms = 1 if name == "y" else dy.numel() // 12
-        assert_close_to_oracle(ours[name], oracle[name], [s[name] for s in stocks], name, terms=terms)
+        assert_close_to_oracle(
+            ours[name], oracle[name], [s[name] for s in stocks], name, terms=terms
+        )
 
 
 def test_autocast_leaves_float64_and_a_leading_batch_norm_alone(backend):
@@ -551,7 +604,9 @@ def test_16_bit_input_with_float32_parameters(backend, dtype, has_residual):
     for name in oracle.keys() - {"0.num_batches_tracked"}:
         assert ours[name].dtype == stocks[0][name].dtype, name
         terms = 1 if name == "y" else 4 * 6 * 7
-        assert_close_to_oracle(ours[name], oracle[name], [s[name] for s in stocks], name, terms=terms)
+        assert_close_to_oracle(
+            ours[name], oracle[name], [s[name] for s in stocks], name, terms=terms
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 6), (0, 3, 8, 1)], ids=str)
@@ -583,7 +638,9 @@ def test_memory_format_follows_the_input(backend):
 
 
 @needs_native
-@pytest.mark.parametrize("conv", [NO_CONV, Conv(3, 4), Conv(3, 3, groups=3)], ids=["bn", "conv", "depthwise"])
+@pytest.mark.parametrize(
+    "conv", [NO_CONV, Conv(3, 4), Conv(3, 3, groups=3)], ids=["bn", "conv", "depthwise"]
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_repeats_and_thread_counts_are_bit_equal(conv, layout):
     x = lay_out(torch.randn(6, 3, 31, 33), layout).requires_grad_()
@@ -609,7 +666,9 @@ def test_trainable_convolution_is_refused(backend, name):
     unit = make_unit(Conv(3, 4, bias=True))
     before = unit.running_mean.clone()
     getattr(unit, name).requires_grad_()
-    with pytest.raises(ValueError, match=rf"^{name} needs a gradient.*{name}\.requires_grad_\(False\)"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} needs a gradient.*{name}\.requires_grad_\(False\)"
+    ):
         ops.frozen_conv_bn_act(x, [make_unit(PLAIN), unit], backend.name)
     assert_bit_equal(unit.running_mean, before, "running_mean")
     with torch.no_grad():
@@ -626,7 +685,11 @@ def test_units_without_work_are_refused(backend):
         ops.frozen_conv_bn_act(input_of(NO_CONV), [ops.Unit(normalize=False)], backend.name)
 
 
-@pytest.mark.parametrize("lost", [{"act": "relu"}, {"residual": torch.zeros(2, 4, 5, 6, dtype=torch.float64)}], ids=["act", "residual"])
+@pytest.mark.parametrize(
+    "lost",
+    [{"act": "relu"}, {"residual": torch.zeros(2, 4, 5, 6, dtype=torch.float64)}],
+    ids=["act", "residual"],
+)
 def test_activation_or_residual_without_batch_norm_is_refused(backend, lost):
     unit = ops.Unit(**PLAIN.fields(torch.float64), normalize=False, **lost)
     with pytest.raises(ValueError, match=next(iter(lost))):
@@ -641,7 +704,9 @@ def test_evaluation_without_running_statistics_is_refused(backend):
 
 def test_integer_input_is_refused(backend):
     with pytest.raises(ValueError, match=r"x is of dtype torch\.int64"):
-        ops.frozen_conv_bn_act(torch.zeros(2, 3, 4, 4, dtype=torch.int64), [ops.Unit()], backend.name)
+        ops.frozen_conv_bn_act(
+            torch.zeros(2, 3, 4, 4, dtype=torch.int64), [ops.Unit()], backend.name
+        )
 
 
 def test_one_value_per_channel_is_refused(backend):
@@ -676,7 +741,7 @@ def test_forward_mode_is_refused(backend):
     x = input_of(PLAIN, needs_grad=False)
     with (
         forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match="no forward-mode derivative: use reverse mode"),
+        pytest.raises(RuntimeError, match=r"forward.mode"),
     ):
         ops.frozen_conv_bn_act(
             forward_ad.make_dual(x, torch.randn_like(x)), [make_unit(PLAIN)], backend.name
@@ -704,24 +769,33 @@ def storages(tensors) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("act", reference.ACTS)
-def test_saves_conv_outputs_and_bits_alone(backend, monkeypatch, act, training):
-    conv_inputs, conv_outputs = [], []
+def record_convolutions(module, monkeypatch) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists that will hold the inputs and the outputs of all convolutions of a backend's forward phases."""
+    inputs, outputs = [], []
     for name in ("conv_forward", "conv_fwd_reduce"):
-        original = getattr(backend.module, name)
+        original = getattr(module, name)
 
         def recorded(x, *args, original=original):
             out = original(x, *args)
-            conv_inputs.append(x)
-            conv_outputs.append(out if isinstance(out, Tensor) else out[0])
+            inputs.append(x)
+            outputs.append(out if isinstance(out, Tensor) else out[0])
             return out
 
-        monkeypatch.setattr(backend.module, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("act", reference.ACTS)
+def test_saves_conv_outputs_and_bits_alone(backend, monkeypatch, act, training):
+    conv_inputs, conv_outputs = record_convolutions(backend.module, monkeypatch)
     shape = (2, 4, 5, 6)
     x = torch.randn(shape).requires_grad_()
     residual = torch.randn(shape).requires_grad_()
-    units = [make_unit(Conv(4, 4), torch.float32, act=act, use_batch_statistics=training) for _ in range(3)]
+    units = [
+        make_unit(Conv(4, 4), torch.float32, act=act, use_batch_statistics=training)
+        for _ in range(3)
+    ]
     units[1] = units[1]._replace(residual=residual)
     saved, y = saved_by(lambda: ops.frozen_conv_bn_act(x, units, backend.name))
     # reference's conv_fwd_reduce calls its own conv_forward: the outputs are those of three convolutions either way.
@@ -733,7 +807,9 @@ def test_saves_conv_outputs_and_bits_alone(backend, monkeypatch, act, training):
     z = storages(conv_outputs)
     assert z.keys() <= kept.keys()
     parameters = storages(t for u in units for t in (u.weight, u.gamma, u.beta))
-    large = {at: size for at, size in kept.items() if size >= 30 and at not in z and at not in parameters}
+    large = {
+        at: size for at, size in kept.items() if size >= 30 and at not in z and at not in parameters
+    }
     elements = y.numel()
     if act in reference.SMOOTH_ACTS:
         assert large.keys() == storages([residual]).keys()
@@ -746,10 +822,16 @@ def test_saves_conv_outputs_and_bits_alone(backend, monkeypatch, act, training):
 
 
 def test_nothing_is_saved_without_need(backend):
-    units = [make_unit(PLAIN, torch.float32, act="relu"), make_unit(Conv(4, 4), torch.float32, act="relu")]
+    units = [
+        make_unit(PLAIN, torch.float32, act="relu"),
+        make_unit(Conv(4, 4), torch.float32, act="relu"),
+    ]
     x = torch.randn(2, 3, 5, 6)
     with torch.no_grad():
-        assert saved_by(lambda: ops.frozen_conv_bn_act(x.requires_grad_(), units, backend.name))[0] == []
+        assert (
+            saved_by(lambda: ops.frozen_conv_bn_act(x.requires_grad_(), units, backend.name))[0]
+            == []
+        )
     x = x.detach()
     units = [u._replace(gamma=u.gamma.detach(), beta=u.beta.detach()) for u in units]
     assert saved_by(lambda: ops.frozen_conv_bn_act(x, units, backend.name))[0] == []
@@ -809,12 +891,43 @@ def test_backward_computes_no_weight_gradient(backend):
     assert {t.shape for t in mode.of_shape(shapes)} == shapes
 
 
-@pytest.mark.parametrize("conv", [c for c in CONVS.values() if c.kernel is not None], ids=[n for n in CONVS if n != "none"])
+def test_converted_net_computes_no_weight_gradient_and_saves_no_conv_input(backend, monkeypatch):
+    plain = bnfast.freeze(bnfast.models.create("resnet8"))
+    model = bnfast.convert(plain)
+    x = torch.randn(5, 3, 10, 11).requires_grad_()
+    with bnfast.use_backend(backend.name):
+        y = model(x)
+        y.backward(torch.randn_like(y))  # fills the cache of transformed weights
+        inputs, outputs = record_convolutions(backend.module, monkeypatch)
+        saved, y = saved_by(lambda: model(x))
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(storages(outputs)) == len(convs)
+    assert not storages(saved).keys() & storages(inputs).keys()
+    assert storages(outputs).keys() <= storages(saved).keys()
+    with Produced([*model.parameters()]) as mode:
+        y.backward(torch.randn_like(y))
+    assert mode.kept and not mode.of_shape({c.weight.shape for c in convs})
+    # In PyTorch the input of a convolution is the output that the ReLU before it keeps: one more tensor per unit.
+    plain_saved, _ = saved_by(lambda: plain(x))
+    own = storages([*model.parameters(), *plain.parameters()]).keys()
+    ours, theirs = (
+        sum(size for at, size in storages(t).items() if at not in own) for t in (saved, plain_saved)
+    )
+    assert ours < 0.6 * theirs, f"{ours / theirs:.2f}"
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [c for c in CONVS.values() if c.kernel is not None],
+    ids=[n for n in CONVS if n != "none"],
+)
 def test_users_tensors_are_never_written(backend, conv):
     x = input_of(conv)
     unit = make_unit(conv, act="relu")
     unit = unit._replace(residual=residual_for(x, unit))
-    watched = {"x": x} | {n: getattr(unit, n) for n in ("weight", "bias", "gamma", "beta", "residual")}
+    watched = {"x": x} | {
+        n: getattr(unit, n) for n in ("weight", "bias", "gamma", "beta", "residual")
+    }
     watched = {n: t for n, t in watched.items() if t is not None}
     before = {n: (t.detach().clone(), t._version, t.stride()) for n, t in watched.items()}
     y = ops.frozen_conv_bn_act(x, [unit], backend.name)
@@ -894,7 +1007,20 @@ def by_nan(w):
 
 
 @needs_native
-@pytest.mark.parametrize("change", [by_data, by_numpy, by_element_exchange, by_no_grad_copy, by_new_data, by_dtype, by_layout, by_nan], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [
+        by_data,
+        by_numpy,
+        by_element_exchange,
+        by_no_grad_copy,
+        by_new_data,
+        by_dtype,
+        by_layout,
+        by_nan,
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_changed_weight_is_transformed_again(cache, change):
     w = torch.nn.Parameter(torch.randn(4, 3, 3, 3), requires_grad=False)
     before = cache.transformed(w, "doubled", doubled)
@@ -952,7 +1078,9 @@ def test_inference_mode_weights(cache):
         w.mul_(3)
         assert_bit_equal(cache.transformed(w, "doubled", doubled), 2 * w, "doubled")
         x = torch.randn(2, 3, 5, 6)
-        unit = ops.Unit(w, None, (1, 1), (1, 1), (1, 1), running_mean=torch.zeros(4), running_var=torch.ones(4))
+        unit = ops.Unit(
+            w, None, (1, 1), (1, 1), (1, 1), running_mean=torch.zeros(4), running_var=torch.ones(4)
+        )
         ours = ops.frozen_conv_bn_act(x, [unit], "cpu")
         torch.testing.assert_close(ours, plain_chain(x, [unit]))
 
@@ -973,25 +1101,22 @@ def test_transform_made_in_inference_mode_serves_training(cache):
 def test_freed_weight_and_reused_address(cache):
     """The entry dies with its weight; a new weight in the same memory, even with the same id, has its own."""
     w = torch.randn(4, 3, 3, 3)
-    at = w.data_ptr()
     cache.transformed(w, "doubled", doubled)
     assert cache.cache_bytes() == w.nbytes
     del w
     gc.collect()
     assert cache.cache_bytes() == 0
-    reused = 0
+    seen = set()
     for _ in range(50):
         w = torch.randn(4, 3, 3, 3)
-        reused += w.data_ptr() == at
+        seen.add((id(w), w.data_ptr()))
         assert_bit_equal(cache.transformed(w, "doubled", doubled), 2 * w, "doubled")
         del w
-    assert reused, "the allocator never gave the address back: the test tested nothing"
+    assert len(seen) < 50, "the allocator never gave memory back: the test tested nothing"
 
 
 @needs_native
 def test_clear_cache_finds_what_the_checksum_cannot_see(cache):
-    import bnfast
-
     w = torch.randn(64, 128, 3, 3)
     old = cache.transformed(w, "doubled", doubled)
     # Every 18th of 73,728 elements is sampled: element 1 is not.
@@ -1004,7 +1129,9 @@ def test_clear_cache_finds_what_the_checksum_cannot_see(cache):
 
 def test_backend_is_named_once_per_call(backend):
     """The forward's backend serves the backward, whatever is in force by then."""
-    other = next((n for n, ok in dispatch.backends().items() if ok is True and n != backend.name), None)
+    other = next(
+        (n for n, ok in dispatch.backends().items() if ok is True and n != backend.name), None
+    )
     if other is None:
         pytest.skip("only one backend is available")
     x = input_of(PLAIN)

@@ -6,18 +6,21 @@ step agrees loosely; state_dict goes both ways, strictly; explain() accounts for
 """
 
 import argparse
+import contextlib
 import copy
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.optical_flow import _utils as raft_utils
+from torchvision.models.optical_flow import raft
 
 import bnfast
 
@@ -87,8 +90,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
             target["keypoints"] = points
         return (pictures, [target, copy.deepcopy(target)]), True
     if "video" in module:
-        side = 224 if "mvit" in name else 64
-        return (images(2, 3, 16 if "s3d" in name or "mvit" in name else 4, side, side),), False
+        return (images(1, 3, 16, 224, 224) if name == "s3d" else images(2, 3, 4, 64, 64),), False
     if "optical_flow" in module:
         return (images(2, 3, 128, 128), images(2, 3, 128, 128), 2), False
     if "segmentation" in module:
@@ -112,7 +114,8 @@ def step(model: nn.Module, name: str, dtype: torch.dtype, training: bool) -> dic
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     torch.manual_seed(2)
-    output = model(*arguments)
+    with _raft_in(dtype):
+        output = model(*arguments)
     leaves = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in leaves]
@@ -126,6 +129,19 @@ def step(model: nn.Module, name: str, dtype: torch.dtype, training: bool) -> dic
     for key, buffer in model.named_buffers():
         result[f"buffer {key}"] = buffer.clone()
     return result
+
+
+@contextlib.contextmanager
+def _raft_in(dtype: torch.dtype) -> Iterator[None]:
+    """RAFT builds its grid of coordinates in float32 whatever its input is; here it gets the input's dtype."""
+    grids = {m: m.make_coords_grid for m in (raft, raft_utils)}
+    for module, plain in grids.items():
+        module.make_coords_grid = lambda *args, plain=plain, **kw: plain(*args, **kw).to(dtype)
+    try:
+        yield
+    finally:
+        for module, plain in grids.items():
+            module.make_coords_grid = plain
 
 
 def compare(name: str, want: dict, got: dict, rtol: float) -> None:

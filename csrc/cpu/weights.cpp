@@ -1,16 +1,15 @@
 // What the weight cache needs from the CPU.
+#include "weights.h"
+
 #include <ATen/ATen.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 
 namespace bnfast {
-namespace {
 
-constexpr int64_t kSamples = 4096;
+static constexpr int64_t kSamples = 4096;
 
-// A checksum over at most kSamples evenly spaced elements, in the order of memory for dense tensors: reads at most 8 bytes each.
 int64_t weight_checksum(const at::Tensor& weight_in) {
   const at::Tensor weight = weight_in.is_non_overlapping_and_dense() ? weight_in : weight_in.contiguous();
   const int64_t count = weight.numel(), size = weight.element_size(), step = std::max<int64_t>(1, (count + kSamples - 1) / kSamples);
@@ -24,9 +23,5 @@ int64_t weight_checksum(const at::Tensor& weight_in) {
   }
   return static_cast<int64_t>(sum);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(bnfast, CPU, m) { m.impl("weight_checksum", &weight_checksum); }
 
 }  // namespace bnfast
