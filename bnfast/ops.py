@@ -75,6 +75,12 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
                 x = frozen_conv_bn_act(x, units[:1], backend)
                 units = units[1:]
             x = x.to(dtype)
+    if torch.compiler.is_compiling():
+        # Dynamo takes no tensor twice, and a block's input is often its residual.
+        units = [
+            u if u.residual is None else u._replace(residual=u.residual.view_as(u.residual))
+            for u in units
+        ]
     tensors = [getattr(unit, field) for unit in units for field in _TENSORS]
     saves = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
@@ -204,10 +210,6 @@ class _Chain(torch.autograd.Function):
                     dy, weight, ctx.input_sizes[i], stride, padding, dilation, groups
                 )
         return None, None, None, dy if needs_x else None, *grads
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError("bnfast has no forward-mode derivative: use reverse mode (backward)")
 
 
 def _conv_fwd_reduce(phases, x, weight, bias, stride, padding, dilation, groups, stats):

@@ -79,7 +79,27 @@ _LAYOUT_FREE_FUNCTIONS = {
 _LAYOUT_FREE_METHODS = {"relu", "relu_", "add", "add_", "mul", "mul_", "sigmoid"}
 
 # Operations whose output shares no memory with their inputs.
-_FRESH_FUNCTIONS = {operator.add, operator.mul, torch.add, torch.cat, F.silu, F.hardswish}
+_FRESH_FUNCTIONS = {
+    operator.add,
+    operator.mul,
+    torch.add,
+    torch.mul,
+    torch.cat,
+    torch.sigmoid,
+    F.silu,
+    F.hardswish,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+}
+_FRESH_METHODS = {"add", "mul", "mean", "sigmoid"}
+_FRESH_MODULES = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Sigmoid,
+)
 
 
 @dataclass
@@ -478,9 +498,11 @@ class _Builder:
         roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.graph.nodes:
             module = self._module(node)
-            fresh = (node.op == "call_function" and node.target in _FRESH_FUNCTIONS) or (
-                module is not None and (is_norm(module) or type(module) in CONV_CLASSES)
-            )
+            if module is not None:
+                fresh = is_norm(module) or type(module) in {*CONV_CLASSES, *_FRESH_MODULES}
+            else:
+                names = {"call_function": _FRESH_FUNCTIONS, "call_method": _FRESH_METHODS}
+                fresh = node.target in names.get(node.op, ())
             fresh = fresh and not self.writes(node)
             shared = frozenset().union(*(roots[n] for n in node.all_input_nodes)) if not fresh else frozenset()
             roots[node] = shared | {node}
@@ -586,22 +608,32 @@ class _Builder:
         return call
 
     def _written(self, units: list[FoundUnit]) -> set[fx.Node] | None:
-        """The inputs that something outside the units writes to; None where a write reaches a value through a view.
+        """The inputs that something outside the units writes to; None where a write would miss a copy.
 
-        A block that is run in another layout works on copies. A write shows in all of them only where it goes to the one
-        value that everything else reads, and never where the value belongs to the caller.
+        A block that is run in another layout works on copies: of its inputs, and of values that leave the part in which the
+        layout does not matter. A write to one of these has to be seen by nothing else.
         """
         own = {node for unit in units for node in unit.nodes()}
+
+        def is_inside(node: fx.Node) -> bool:
+            return node in own or self._is_layout_free(node)
+
         written: set[fx.Node] = set()
         for node in self.graph.nodes:
             for value in self.writes(node) if node not in own else ():
                 inputs = {n for n in self.roots[value] if n.op == "placeholder"}
-                sharing = [n for n in self.graph.nodes if self.roots[n] & self.roots[value]]
                 written |= inputs
-                if not inputs and not all(
-                    n in own or self._is_layout_free(n) for n in sharing if n.op != "output"
-                ):
-                    return None
+                if inputs:
+                    continue
+                for shared in self.graph.nodes:
+                    if not (self.roots[shared] & self.roots[value] and is_inside(shared)):
+                        continue
+                    leaving = [n for n in shared.users if not is_inside(n)]
+                    if is_inside(node):
+                        # What the caller gets is copied at the end, with everything that was written.
+                        leaving = [n for n in leaving if n.op != "output"]
+                    if leaving and len(shared.users) > 1:
+                        return None
         return written
 
     def _keep_layout(self, run_nodes: list[fx.Node], convs: list[str], written: set[fx.Node]) -> None:

@@ -741,7 +741,7 @@ def test_forward_mode_is_refused(backend):
     x = input_of(PLAIN, needs_grad=False)
     with (
         forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match=r"forward.mode"),
+        pytest.raises(RuntimeError, match="jvp"),
     ):
         ops.frozen_conv_bn_act(
             forward_ad.make_dual(x, torch.randn_like(x)), [make_unit(PLAIN)], backend.name
