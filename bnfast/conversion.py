@@ -55,11 +55,11 @@ def convert(
         if cls is not None:
             module.__class__ = cls
             module.__dict__["_bnfast_note"] = ""
-    small: dict[int, bool] = {}
+    known: dict[tuple[str, int], bool] = {}
     for block in reversed(list(model.modules())):
         if not _can_hold_plan(block):
             continue
-        found = plans_of(block, backend, memory_format == torch.channels_last, small)
+        found = plans_of(block, backend, memory_format == torch.channels_last, known)
         for path, note in found.partners.items():
             block.get_submodule(path).__dict__["_bnfast_note"] = note
         if found.plans:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .reference import ACTS
+from .reference import ACTS, conv_output_size
 
 _ACT_FUNCTIONS = {
     "identity": lambda x, slope: x,
@@ -295,12 +295,7 @@ def _residual_fits(
         if weight is None:
             continue
         weights = True
-        spatial = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                shape[2:], weight.shape[2:], stride or (), padding or (), dilation or (), strict=True
-            )
-        ]
+        spatial = conv_output_size(shape[2:], weight, stride, padding, dilation)
         shape = [shape[0], weight.shape[0], *spatial]
     if weights and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,5 +1,6 @@
 """The functional form: a chain of frozen convolutions with BatchNorm, residual and activation, and its one autograd Function."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .reference import ACTS, BIT_ACTS, SMOOTH_ACTS, accumulator, rstd_of
+from .reference import ACTS, BIT_ACTS, SMOOTH_ACTS, accumulator, conv_output_size, rstd_of
 
 
 class Unit(NamedTuple):
@@ -145,7 +146,7 @@ class _Chain(torch.autograd.Function):
             if normalize and batch_stats:
                 stats = (running_mean, running_var, tracked, momentum, eps)
                 if weight is None:
-                    _check_count(x)
+                    _check_count(x.shape)
                     mean, _, rstd = phases.bn_fwd_reduce(x, *stats)
                 else:
                     z, mean, _, rstd = _conv_fwd_reduce(
@@ -213,23 +214,16 @@ class _Chain(torch.autograd.Function):
 
 
 def _conv_fwd_reduce(phases, x, weight, bias, stride, padding, dilation, groups, stats):
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(
-            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=False
-        )
-    ]
-    _check_count(x, weight.shape[0], sizes if weight.dim() > 2 else ())
+    sizes = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+    _check_count([x.shape[0], weight.shape[0], *sizes])
     return phases.conv_fwd_reduce(
         x, weight, bias, stride, padding, dilation, groups, *stats
     )
 
 
-def _check_count(x: Tensor, channels: int | None = None, sizes: Sequence[int] | None = None) -> None:
-    """Raises as torch does where a channel has one value: its variance is undefined."""
-    shape = list(x.shape) if channels is None else [x.shape[0], channels, *sizes]
-    count = shape[0]
-    for size in shape[2:]:
-        count *= size
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+def _check_count(shape: Sequence[int]) -> None:
+    """Raises as torch does where a channel of a [N, C, *] value has one element: its variance is undefined."""
+    if math.prod(shape[:1] + shape[2:]) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {list(shape)}"
+        )

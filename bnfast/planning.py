@@ -160,7 +160,7 @@ def plans_of(
     block: nn.Module,
     backend: str,
     channels_last: bool,
-    known: dict[Any, bool] | None = None,
+    known: dict[tuple[str, int], bool] | None = None,
 ) -> BlockPlans:
     """Plans for all modes that the block's forward can be in; empty, with the reason, where it has no trace or no unit.
 
@@ -272,7 +272,7 @@ def _is_small(module: nn.Module) -> bool:
     return True
 
 
-def _may_write(module: nn.Module, known: dict[Any, bool]) -> bool:
+def _may_write(module: nn.Module, known: dict[tuple[str, int], bool]) -> bool:
     """Whether calling the module may write to what it is given: what its trace says, yes where it has none."""
     if is_norm(module) or type(module).__name__ in ("StochasticDepth", "DropPath"):
         return False
@@ -284,7 +284,7 @@ def _may_write(module: nn.Module, known: dict[Any, bool]) -> bool:
     return known[key]
 
 
-def _trace_writes(module: nn.Module, known: dict[Any, bool]) -> bool:
+def _trace_writes(module: nn.Module, known: dict[tuple[str, int], bool]) -> bool:
     for training in (True, False):
         with _in_mode(module, training):
             try:

@@ -25,6 +25,8 @@ mean, m2, rstd, dgamma, dbeta [C] float32 (float64 for float64); gamma, beta, ru
 dtypes, or None; bits is a private uint8 tensor: whoever wrote it in `bn_fwd_apply` reads it in the backward phases.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,6 +77,24 @@ def conv_forward(
     return torch.convolution(
         x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
     )
+
+
+def conv_output_size(
+    input_size: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Spatial sizes of a convolution's output; [] for a linear layer."""
+    if weight.dim() == 2:
+        return []
+    return [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            input_size, weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
 
 
 def bn_fwd_reduce(

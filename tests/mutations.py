@@ -378,6 +378,13 @@ MUTATIONS = [
     # the convolution
     Mutation(
         "conv_dgrad",
+        "strided depthwise: taps that reach between two outputs are used",
+        "csrc/cpu/conv_depthwise_kernels.h",
+        "reach % stride == 0 && ",
+        "",
+    ),
+    Mutation(
+        "conv_dgrad",
         "rows of the input that no window reached",
         REFERENCE,
         "size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)",

@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import json
-import os
 import pickle
 
 import pytest
@@ -16,8 +15,6 @@ from torch.nn import functional as F
 import bnfast
 from bnfast.measure import saved_activation_bytes
 
-FULL = os.environ.get("BNFAST_FULL_TESTS") == "1"
-full_only = pytest.mark.skipif(not FULL, reason="takes long: BNFAST_FULL_TESTS=1 runs it")
 
 
 class Block(nn.Module):
