@@ -16,7 +16,6 @@ import bnfast
 from bnfast.measure import saved_activation_bytes
 
 
-
 class Block(nn.Module):
     """conv, bn, conv, bn around a shortcut; the tails are given as functions of (block, value[, x])."""
 
