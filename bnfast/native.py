@@ -4,6 +4,8 @@ The four BatchNorm phases are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` ha
 the frozen weight in the form that is fastest, kept by `weights`. Signatures and meanings: `reference`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,21 @@ _STATS = (
 )
 
 
+def _pooled(kernel):
+    """The kernel, with its large tensors from the pool of activation buffers (csrc/cpu/pool.h)."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        _C.enter_pool()
+        try:
+            return kernel(*args)
+        finally:
+            _C.leave_pool()
+
+    return run
+
+
+@_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     weight = _as_dtype(weight, x.dtype)
     return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
@@ -35,6 +52,7 @@ def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats)
     return z, *bn_fwd_reduce(z, *stats)
 
 
+@_pooled
 def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz @ _as_dtype(weight, dz.dtype)

@@ -1,7 +1,7 @@
 // The activations, defined once for CPU vectors and CUDA scalars.
 //
 // V is a value type (a Block of lanes on the CPU, float on CUDA) with arithmetic, comparisons and
-// select(mask, a, b) = mask ? a : b. Each activation gives
+// select(mask, a, b) = mask ? a : b and sigmoid(x). Each activation gives
 //   value(x)          the activation of the pre-activation x
 //   gradient(x, dy)   dy * act'(x)
 // and, where it is piecewise linear (kPiecewise), the same gradient in two steps, since one bit holds its slope:
@@ -66,9 +66,9 @@ struct LeakyRelu {
 
 struct Silu {
   static constexpr bool kPiecewise = false;
-  template <class V> BNFAST_HD V value(V x) const { return x / (V(1) + exp(V(0) - x)); }
+  template <class V> BNFAST_HD V value(V x) const { return x * sigmoid(x); }
   template <class V> BNFAST_HD V gradient(V x, V dy) const {
-    const V s = V(1) / (V(1) + exp(V(0) - x));
+    const V s = sigmoid(x);
     return dy * (s * (V(1) + x * (V(1) - s)));
   }
 };

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "cpu/capability.h"
+#include "cpu/pool.h"
 #include "cpu/weights.h"
 
 TORCH_LIBRARY(bnfast, m) {
@@ -29,6 +30,20 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set that the kernels use here: baseline, avx2 or avx512.");
   m.def("weight_checksum", &bnfast::weight_checksum, pybind11::arg("weight"),
         "A checksum of a CPU tensor over at most 4,096 evenly spaced elements.");
+  m.def("enter_pool", &bnfast::PoolScope::enter,
+        "From here on large CPU tensors that this thread makes come from the pool of activation buffers; scopes nest.");
+  m.def("leave_pool", &bnfast::PoolScope::leave, "Ends what enter_pool began.");
+  m.def("clear_pool", &bnfast::clear_pool, "Gives the pool's free buffers back to the operating system.");
+  m.def("pool_stats", [] {
+    const bnfast::PoolStats s = bnfast::pool_stats();
+    pybind11::dict stats;
+    stats["used"] = s.used;
+    stats["free"] = s.free;
+    stats["most_used"] = s.most_used;
+    stats["hits"] = s.hits;
+    stats["misses"] = s.misses;
+    return stats;
+  }, "Bytes of the pool in use, free, and the most that was in use at once; requests served from it and mapped anew.");
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;

@@ -447,6 +447,8 @@ def copy_tree(to: Path) -> None:
             shutil.copytree(source, to / name, ignore=unwanted)
         elif source.exists():
             shutil.copy2(source, to / name)
+    setup = to / "setup.py"  # a mutant is as wrong at -O1, and builds in half the time
+    setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
 
 
 def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "capability_table.h"
+#include "pool.h"
 
 namespace bnfast {
 namespace {
@@ -385,6 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTen
 std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
                                         OptionalTensor beta, OptionalTensor residual_in, c10::string_view act, double slope,
                                         bool want_bits) {
+  const PoolScope pooled;
   check_z(z_in);
   if (residual_in) check_like(*residual_in, z_in, "residual");
   const Tensor z = dense(z_in);
@@ -486,6 +488,7 @@ std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const
                                         OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                         OptionalTensor bits, OptionalTensor dgamma, OptionalTensor dbeta,
                                         c10::string_view act, double slope, bool want_dresidual) {
+  const PoolScope pooled;
   TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
               "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
   Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope);

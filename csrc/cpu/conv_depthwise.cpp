@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "capability_table.h"
+#include "pool.h"
 
 namespace bnfast {
 namespace {
@@ -12,6 +13,7 @@ constexpr int64_t kUnit = 32768;   // elements of dx of one unit of work
 
 at::Tensor depthwise_dgrad(const at::Tensor& dz_in, const at::Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride,
                            at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const PoolScope pooled;
   TORCH_CHECK(dz_in.dim() == 4 && taps.dim() == 3 && taps.size(2) == dz_in.size(1) && taps.is_contiguous(),
               "bnfast: dz is of shape ", dz_in.sizes(), " and taps ", taps.sizes(), "; [N, C, OH, OW] and [KH, KW, C] are needed");
   TORCH_CHECK(taps.size(0) * taps.size(1) <= 64, "bnfast: the kernel has ", taps.size(0) * taps.size(1), " taps; at most 64");

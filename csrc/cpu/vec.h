@@ -1,7 +1,7 @@
 // A Block: 16 lanes of float or double in the machine's own vectors (one AVX-512 register, two AVX2, four SSE or NEON).
 //
 // All kernels compute on Blocks, in the same order on every instruction set, and the build has -ffp-contract=off: one
-// machine's bits are another's. Loads and stores convert f16 and bf16 (round to nearest even). Included once per
+// machine's bits are another's (but for sigmoid). Loads and stores convert f16 and bf16 (round to nearest even). Included once per
 // capability, inside its own namespace and its own target pragma; BNFAST_VECTOR_BYTES is the width of a register.
 #pragma once
 
@@ -276,35 +276,58 @@ BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
   }
 }
 
-// ---- exp ----------------------------------------------------------------------------------------------------------
+// ---- sigmoid ------------------------------------------------------------------------------------------------------
 
-// exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, Taylor's polynomial for e^r, 2^n by the exponent field.
-// Infinity above float's range, clamped where it would leave the normal numbers below; a NaN stays one.
-BNFAST_INLINE Block<float> exp(const Block<float>& x) {
-  return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
-    const FloatVec given = x.part[p];
-    FloatVec v = given;
-    v = v > 88.3f ? FloatVec{} + 88.3f : v;
-    v = v < -87.3f ? FloatVec{} - 87.3f : v;
-    const FloatVec shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln2)
-    const FloatVec n = shifted - 12582912.0f;
-    const FloatVec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts, the first exact times n
-    FloatVec e = r * (1.0f / 5040) + (1.0f / 720);
-    e = e * r + (1.0f / 120);
-    e = e * r + (1.0f / 24);
-    e = e * r + (1.0f / 6);
-    e = e * r + 0.5f;
-    e = e * r * r + r + 1.0f;
-    e = (FloatVec)((FloatMask)e + (FloatMask)((Words)shifted << 23));
-    e = given > 88.72f ? FloatVec{} + INFINITY : e;
-    return given == given ? e : given;
-  });
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return (FloatVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+// The second operand where one is a NaN.
+BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return (FloatVec)_mm512_min_ps((__m512)a, (__m512)b); }
+BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm512_max_ps((__m512)a, (__m512)b); }
+// 1 / x for 1 <= x < 2^126: 14 bits from the table, doubled by Newton's step; a division takes four times as long.
+BNFAST_INLINE FloatVec reciprocal(FloatVec x) {
+  const FloatVec y = (FloatVec)_mm512_rcp14_ps((__m512)x);
+  return fma(y, fma(-x, y, FloatVec{} + 1.0f), y);
+}
+#elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
+BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return (FloatVec)_mm256_min_ps((__m256)a, (__m256)b); }
+BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm256_max_ps((__m256)a, (__m256)b); }
+BNFAST_INLINE FloatVec reciprocal(FloatVec x) { return 1.0f / x; }
+#else
+BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return a * b + c; }
+BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return a < b ? a : b; }
+BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return a > b ? a : b; }
+BNFAST_INLINE FloatVec reciprocal(FloatVec x) { return 1.0f / x; }
+#endif
+
+// exp(x) to about 1 ulp for |x| <= 87, the value at the nearer end beyond it; a NaN stays one.
+// x = n ln2 + r with |r| <= ln2 / 2, Taylor's polynomial for e^r, 2^n by the exponent field.
+BNFAST_INLINE FloatVec exp_clamped(FloatVec x) {
+  const FloatVec zero = {};
+  const FloatVec v = max(zero - 87.0f, min(zero + 87.0f, x));
+  const FloatVec shifted = fma(v, zero + 1.44269504f, zero + 12582912.0f);  // 1.5 * 2^23: the low bits are round(v / ln2)
+  const FloatVec n = shifted - 12582912.0f;
+  const FloatVec r = fma(n, zero + 2.12194440e-4f, fma(n, zero - 0.693359375f, v));  // ln2 in two parts, the first exact times n
+  FloatVec e = fma(r, zero + 1.0f / 5040, zero + 1.0f / 720);
+  e = fma(e, r, zero + 1.0f / 120);
+  e = fma(e, r, zero + 1.0f / 24);
+  e = fma(e, r, zero + 1.0f / 6);
+  e = fma(e, r, zero + 0.5f);
+  e = fma(e, r, zero + 1.0f);
+  e = fma(e, r, zero + 1.0f);
+  return (FloatVec)((FloatMask)e + (FloatMask)((Words)shifted << 23));
 }
 
-BNFAST_INLINE Block<double> exp(const Block<double>& x) {
+// 1 / (1 + exp(-x)) to about 2 ulp. The one function whose bits depend on the instruction set: fma and division differ.
+BNFAST_INLINE Block<float> sigmoid(const Block<float>& x) {
+  return Block<float>::make(
+      [&](int p) BNFAST_INLINE_LAMBDA { return reciprocal(exp_clamped(-x.part[p]) + 1.0f); });
+}
+
+BNFAST_INLINE Block<double> sigmoid(const Block<double>& x) {
   double lane[kBlock];
   store_block(lane, x);
-  for (double& value : lane) value = std::exp(value);
+  for (double& value : lane) value = 1 / (1 + std::exp(-value));
   return load_block(lane);
 }
 
