@@ -19,7 +19,13 @@ def extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
-    flags += ["-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags += [
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ]
     ext = CppExtension(
         "bnfast._C",
         ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],

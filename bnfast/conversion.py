@@ -74,7 +74,10 @@ def revert(model: nn.Module) -> nn.Module:
     """Plain torch modules again, in place: the same Parameter and buffer objects, no trace of convert()."""
     for module in model.modules():
         for name in ("forward", "_replicate_for_data_parallel"):
-            if isinstance(getattr(module.__dict__.get(name), "__self__", module.__dict__.get(name)), PlannedForward):
+            if isinstance(
+                getattr(module.__dict__.get(name), "__self__", module.__dict__.get(name)),
+                PlannedForward,
+            ):
                 del module.__dict__[name]
         if "_bnfast_note" in module.__dict__:
             del module.__dict__["_bnfast_note"]
@@ -113,7 +116,8 @@ class Report:
             rows.append((entry.name, what, block, entry.reason or ""))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
-            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
+            for row in rows
         ]
         total = len(self.fused) + len(self.left)
         return "\n".join([*lines, f"{len(self.fused)} of {total} BatchNorms fused"])
@@ -174,8 +178,12 @@ def _entry_of(name: str, kind: str, module: nn.Module, paths: dict[str, nn.Modul
         if findings is None:
             continue
         if inside in findings.fused:
-            return Entry(name, kind, findings.fused[inside], block, findings.unfused_conv.get(inside))
+            return Entry(
+                name, kind, findings.fused[inside], block, findings.unfused_conv.get(inside)
+            )
         reason = findings.left.get(inside) or findings.reason or reason
     if not is_norm(module):
         reason = f"{kind} is not an exact nn.BatchNorm1d, 2d or 3d, or a supported BatchNormAct2d"
-    return Entry(name, kind, None, None, reason or "no block's forward calls it in a way that is known")
+    return Entry(
+        name, kind, None, None, reason or "no block's forward calls it in a way that is known"
+    )

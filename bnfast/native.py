@@ -32,6 +32,8 @@ def _pooled(kernel):
 
     @functools.wraps(kernel)
     def run(*args):
+        if torch.compiler.is_compiling():
+            return kernel(*args)
         _C.enter_pool()
         try:
             return kernel(*args)
@@ -103,11 +105,15 @@ def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
     """A strided 1x1 kernel: gradient at the pixels that were read, 0 at the others."""
     ones, zeros = [1] * len(stride), [0] * len(stride)
     read = _dgrad_as_conv(dz, weight, groups, layout, zeros, zeros, ones)
-    dx = torch.zeros(
-        (*read.shape[:2], *input_size), dtype=dz.dtype, device=dz.device
-    ).contiguous(memory_format=layout)
+    dx = torch.zeros((*read.shape[:2], *input_size), dtype=dz.dtype, device=dz.device).contiguous(
+        memory_format=layout
+    )
     dx[(..., *(slice(None, None, s) for s in stride))] = read
     return dx
+
+
+se_fwd = _pooled(reference.se_fwd)
+se_bwd_apply = _pooled(reference.se_bwd_apply)
 
 
 def _as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,6 +183,10 @@ def _fake_conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *s
     return z, *_fake_bn_fwd_reduce(z)
 
 
+def _fake_se_bwd_reduce(dy, z, mean, rstd, gamma, beta, act, slope):
+    return z.new_empty(z.shape[:2], dtype=accumulator(z.dtype))
+
+
 def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
     return torch.empty(
         (*dz.shape[:2], *input_size),
@@ -190,9 +200,7 @@ def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz.new_empty((dz.shape[0], weight.shape[1]))
     shape = (dz.shape[0], weight.shape[1] * groups, *input_size)
-    return torch.empty(
-        shape, dtype=dz.dtype, device=dz.device, memory_format=_memory_format(dz)
-    )
+    return torch.empty(shape, dtype=dz.dtype, device=dz.device, memory_format=_memory_format(dz))
 
 
 def _direct_in_eager(operator, kernel):
@@ -233,6 +241,7 @@ if unavailable is None:
         ("bn_fwd_apply", _fake_bn_fwd_apply),
         ("bn_bwd_reduce", _fake_bn_bwd_reduce),
         ("bn_bwd_apply", _fake_bn_bwd_apply),
+        ("se_bwd_reduce", _fake_se_bwd_reduce),
     ):
         torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
 
@@ -244,6 +253,7 @@ if unavailable is None:
     bn_fwd_apply = torch.ops.bnfast.bn_fwd_apply.default
     bn_bwd_reduce = torch.ops.bnfast.bn_bwd_reduce.default
     bn_bwd_apply = torch.ops.bnfast.bn_bwd_apply.default
+    se_bwd_reduce = torch.ops.bnfast.se_bwd_reduce.default
 
 
 def cpu_capability() -> str | None:

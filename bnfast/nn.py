@@ -40,7 +40,7 @@ class _FrozenConv(_Noted):
             and is_frozen(self)
             and input.dim() == self.weight.dim()
         ):
-            return run_chain(input, "auto", (self, None, "identity", 0.0, None, False))
+            return run_chain(input, "auto", (self, None, "identity", 0.0, None, False, None))
         return super().forward(input)
 
 
@@ -66,7 +66,9 @@ class _BatchNormAct(_Noted):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(BatchNorm(input) + residual); both [N, C, ...] of one shape and dtype, any strides."""
         self._check_input_dim(input)
-        return run_chain(input, "auto", (None, self, self.act, self.negative_slope, residual, False))
+        return run_chain(
+            input, "auto", (None, self, self.act, self.negative_slope, residual, False, None)
+        )
 
 
 def _batch_norm_act(base: type[nn.Module], name: str) -> type[nn.Module]:
@@ -178,7 +180,7 @@ class FrozenConvBNAct2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, J, H, W], residual of the output's shape [N, C, H', W'] and dtype, or None."""
         return run_chain(
-            x, "auto", (self.conv, self.bn, self.act, self.negative_slope, residual, False)
+            x, "auto", (self.conv, self.bn, self.act, self.negative_slope, residual, False, None)
         )
 
     def extra_repr(self) -> str:
@@ -222,14 +224,22 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
 
 
 def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
-    """Runs (conv, bn, act, negative_slope, residual, adds_in_place) units, conv, bn and residual optional, each on the last's output.
+    """Runs (conv, bn, act, negative_slope, residual, adds_in_place, squeeze) units, each on the last's output.
 
-    Decides at each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, and a residual
+    conv, bn, residual and squeeze may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`. Decides at each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, and a residual
     of another shape or dtype is added the ordinary way.
     """
     ready: list[ops.Unit] = []
-    for conv, bn, act, slope, residual, adds_in_place in units:
+    for conv, bn, act, slope, residual, adds_in_place, squeeze in units:
         fields: dict[str, Any] = {}
+        if squeeze is not None:
+            if x.dim() == 4 and is_frozen(conv) and all(map(_is_frozen_pointwise, squeeze[::2])):
+                fields["squeeze"] = _squeeze_unit(*squeeze)
+            else:
+                if ready:
+                    x = ops.frozen_conv_bn_act(x, ready, backend)
+                    ready = []
+                x = _squeeze(x, *squeeze)
         if conv is not None:
             fits = x.dim() == conv.weight.dim()
             if fits and is_frozen(conv):
@@ -259,6 +269,26 @@ def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
             continue
         ready.append(ops.Unit(**fields, residual=residual, act=act, negative_slope=slope))
     return ops.frozen_conv_bn_act(x, ready, backend) if ready else x
+
+
+def _is_frozen_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution inside squeeze and excitation is a constant matrix."""
+    return (
+        is_frozen(conv)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+    )
+
+
+def _squeeze_unit(reduce: nn.Conv2d, act: str, expand: nn.Conv2d, gate: str) -> ops.SqueezeExcite:
+    return ops.SqueezeExcite(reduce.weight, reduce.bias, expand.weight, expand.bias, act, gate)
+
+
+def _squeeze(x: Tensor, reduce: nn.Conv2d, act: str, expand: nn.Conv2d, gate: str) -> Tensor:
+    """The same by PyTorch, where it cannot be part of a unit."""
+    scale = expand(_ACT_FUNCTIONS[act](reduce(F.adaptive_avg_pool2d(x, 1)), 0.0))
+    return x * (torch.sigmoid(scale) if gate == "sigmoid" else F.hardsigmoid(scale))
 
 
 def _norm_fields(bn: nn.Module, fields: dict[str, Any]) -> None:

@@ -9,11 +9,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .reference import ACTS, BIT_ACTS, SMOOTH_ACTS, accumulator, conv_output_size, rstd_of
+from .reference import ACTS, BIT_ACTS, GATES, SMOOTH_ACTS, accumulator, conv_output_size, rstd_of
+
+
+class SqueezeExcite(NamedTuple):
+    """Squeeze and excitation (arXiv 1709.01507) of x [N, J, H, W]: x * gate(W2 act(W1 mean(x) + b1) + b2).
+
+    reduce_weight [S, J, 1, 1] and expand_weight [J, S, 1, 1] are W1 and W2; none of the four tensors may need a gradient.
+    act is one of `reference.ACTS` but leaky_relu, gate one of `reference.GATES`.
+    """
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    expand_weight: Tensor
+    expand_bias: Tensor | None
+    act: str = "relu"
+    gate: str = "sigmoid"
 
 
 class Unit(NamedTuple):
     """One unit of a chain, y = act(BatchNorm(conv(x)) + residual); conv, BatchNorm and residual are each optional.
+
+    squeeze, where given, is applied to x [N, J, H, W] before the convolution.
 
     weight [C, J / groups, *] or [C, J] (linear), None without a convolution; neither weight nor bias may need a gradient.
     gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
@@ -39,9 +56,11 @@ class Unit(NamedTuple):
     residual: Tensor | None = None
     act: str = "identity"
     negative_slope: float = 0.01
+    squeeze: SqueezeExcite | None = None
 
 
-# Tensor fields of a unit in the order in which the Function takes them; the others are its static description.
+# Tensor fields of a unit in the order in which the Function takes them; the others are its static description. The tensors
+# of squeeze and excitation follow those of all units.
 _TENSORS = (
     "weight",
     "bias",
@@ -60,7 +79,8 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
 
     x [N, J, *], any strides, f64, f32, bf16 or f16; returns [N, C, *] of the last unit, in channels_last where x (or the
     weight) is. Saves for the backward pass, per unit, the convolution's output and one bit per element where a residual
-    hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input.
+    hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input. Squeeze
+    and excitation computes its input again from the unit before it, or saves it where there is none (or one with a residual).
     Gradients flow to x, gamma, beta and residual. Under autocast convolutions run in its dtype.
 
     Raises ValueError for what does not fit together, RuntimeError where a second derivative is asked for.
@@ -83,6 +103,9 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
             for u in units
         ]
     tensors = [getattr(unit, field) for unit in units for field in _TENSORS]
+    for unit in units:
+        if unit.squeeze is not None:
+            tensors += unit.squeeze[:4]
     saves = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
@@ -98,6 +121,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
             u.eps,
             u.act,
             u.negative_slope,
+            None if u.squeeze is None else u.squeeze[4:],
         )
         for u in units
     )
@@ -114,6 +138,8 @@ def _check(unit: Unit, x: Tensor) -> None:
                 f"{name} needs a gradient; frozen_conv_bn_act computes none for it: "
                 f"set {name}.requires_grad_(False), or run the convolution outside"
             )
+    if unit.squeeze is not None:
+        _check_squeeze(unit.squeeze, x)
     if unit.weight is None and not unit.normalize:
         raise ValueError("a unit without weight and with normalize=False has nothing to compute")
     if not unit.normalize and (unit.act != "identity" or unit.residual is not None):
@@ -125,6 +151,17 @@ def _check(unit: Unit, x: Tensor) -> None:
         raise ValueError(f"x is of dtype {x.dtype}; floating point is needed")
 
 
+def _check_squeeze(squeeze: SqueezeExcite, x: Tensor) -> None:
+    if squeeze.act not in ACTS or squeeze.act == "leaky_relu":
+        raise ValueError(f"squeeze.act is {squeeze.act!r}; {ACTS} but leaky_relu are allowed")
+    if squeeze.gate not in GATES:
+        raise ValueError(f"squeeze.gate is {squeeze.gate!r}; allowed are {GATES}")
+    if any(t is not None and t.requires_grad for t in squeeze[:4]) and torch.is_grad_enabled():
+        raise ValueError("squeeze holds a tensor that needs a gradient; none is computed for it")
+    if x.dim() != 4:
+        raise ValueError(f"x has {x.dim()} dimensions; squeeze needs [N, J, H, W]")
+
+
 class _Chain(torch.autograd.Function):
     """Forward and backward of a chain, unit by unit, through the phases of one backend."""
 
@@ -132,14 +169,39 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, specs, backend, saves, x, *tensors):
         phases = dispatch.module(backend)
         saved = []
+        saved_squeeze = []
         input_sizes = []
-        bits = None
+        squeezes = iter(range(8 * len(specs), len(tensors), 4))
+        can_recompute = False  # x from what the unit before saves
         for i, spec in enumerate(specs):
-            stride, padding, dilation, groups, normalize, batch_stats, momentum, eps, act, slope = spec
+            (
+                stride,
+                padding,
+                dilation,
+                groups,
+                normalize,
+                batch_stats,
+                momentum,
+                eps,
+                act,
+                slope,
+                squeeze,
+            ) = spec
             weight, bias, gamma, beta, running_mean, running_var, tracked, residual = tensors[
                 8 * i : 8 * i + 8
             ]
             input_sizes.append(x.shape[2:])
+            if squeeze is not None:
+                at = next(squeezes)
+                given = x
+                x, hidden, gate = phases.se_fwd(x, *tensors[at : at + 4], *squeeze)
+                saved_squeeze += (
+                    tensors[at],
+                    tensors[at + 2],
+                    hidden,
+                    gate,
+                    None if can_recompute else given,
+                )
             z, mean, rstd = x, None, None
             if weight is not None and not (normalize and batch_stats):
                 z = phases.conv_forward(x, weight, bias, stride, padding, dilation, groups)
@@ -166,11 +228,11 @@ class _Chain(torch.autograd.Function):
                 bits = bits if want_bits else None
             hidden = residual if residual is not None and act in SMOOTH_ACTS else None
             kept = (z if normalize else None, mean, rstd, bits, hidden)
+            can_recompute = normalize and residual is None
             saved += (weight, gamma, beta, *kept)
         if saves:
-            ctx.save_for_backward(*saved)
+            ctx.save_for_backward(*saved, *saved_squeeze)
             ctx.specs, ctx.backend, ctx.input_sizes = specs, backend, input_sizes
-            ctx.has_residual = [t is not None for t in tensors[_RESIDUAL::8]]
         return x
 
     @staticmethod
@@ -180,8 +242,11 @@ class _Chain(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad[3:]
         grads = [None] * len(needs)
+        squeezes = iter(range(len(saved) - 5, -1, -5))
         for i in reversed(range(len(ctx.specs))):
-            stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope = ctx.specs[i]
+            stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope, squeeze = (
+                ctx.specs[i]
+            )
             weight, gamma, beta, z, mean, rstd, bits, hidden = saved[8 * i : 8 * i + 8]
             needs_input = needs_x or any(needs[: 8 * i])
             first = 8 * i
@@ -210,15 +275,28 @@ class _Chain(torch.autograd.Function):
                 dy = phases.conv_dgrad(
                     dy, weight, ctx.input_sizes[i], stride, padding, dilation, groups
                 )
+            if squeeze is not None:
+                at = next(squeezes)
+                dy = _squeeze_backward(phases, dy, saved[at : at + 5], squeeze, ctx.specs, saved, i)
         return None, None, None, dy if needs_x else None, *grads
+
+
+def _squeeze_backward(phases, dy, kept, squeeze, specs, saved, i):
+    """The gradient of the input of unit i's squeeze and excitation, from that of its output."""
+    reduce_weight, expand_weight, hidden, gate, x = kept
+    if x is None:  # y of the unit before, from its z
+        _, gamma, beta, z, mean, rstd, _, _ = saved[8 * i - 8 : 8 * i]
+        before = (z, mean, rstd, gamma, beta, *specs[i - 1][8:10])
+    else:
+        before = (x, None, None, None, None, "identity", 0.0)
+    dgate = phases.se_bwd_reduce(dy, *before)
+    return phases.se_bwd_apply(dy, dgate, hidden, gate, reduce_weight, expand_weight, *squeeze)
 
 
 def _conv_fwd_reduce(phases, x, weight, bias, stride, padding, dilation, groups, stats):
     sizes = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
     _check_count([x.shape[0], weight.shape[0], *sizes])
-    return phases.conv_fwd_reduce(
-        x, weight, bias, stride, padding, dilation, groups, *stats
-    )
+    return phases.conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats)
 
 
 def _check_count(shape: Sequence[int]) -> None:

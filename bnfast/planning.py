@@ -48,6 +48,10 @@ _ACT_FUNCTIONS = {
     F.hardswish: "hardswish",
 }
 _ACT_METHODS = {"relu": "relu", "relu_": "relu"}
+_GATE_MODULES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+_GATE_FUNCTIONS = {torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.hardsigmoid: "hardsigmoid"}
+_GATE_METHODS = {"sigmoid": "sigmoid"}
+_MUL_TARGETS = {"call_function": (operator.mul, torch.mul), "call_method": ("mul",)}
 _ADD_FUNCTIONS = {operator.add: False, operator.iadd: True, torch.add: False}
 _ADD_METHODS = {"add": False, "add_": True}
 
@@ -103,6 +107,23 @@ _FRESH_MODULES = (
 
 
 @dataclass
+class FoundSqueeze:
+    """Squeeze and excitation in front of a unit's convolution: product = value * gate(expand(act(reduce(pool(value)))))."""
+
+    pool: fx.Node
+    reduce: fx.Node
+    act_node: fx.Node
+    act: str
+    expand: fx.Node
+    gate_node: fx.Node
+    gate: str
+    product: fx.Node
+
+    def nodes(self) -> list[fx.Node]:
+        return [self.pool, self.reduce, self.act_node, self.expand, self.gate_node, self.product]
+
+
+@dataclass
 class FoundUnit:
     """A unit in a graph, with the nodes that it takes the place of."""
 
@@ -113,10 +134,16 @@ class FoundUnit:
     add: fx.Node | None = None
     adds_in_place: bool = False
     act_node: fx.Node | None = None
+    squeeze: FoundSqueeze | None = None
 
     @property
     def first(self) -> fx.Node:
-        return self.conv or self.bn
+        return self.squeeze.pool if self.squeeze else self.conv or self.bn
+
+    @property
+    def entries(self) -> set[fx.Node]:
+        """The nodes of the unit that read its input."""
+        return {self.squeeze.pool, self.squeeze.product} if self.squeeze else {self.first}
 
     @property
     def last(self) -> fx.Node:
@@ -133,11 +160,13 @@ class FoundUnit:
         self.act, self.slope, self.adds_in_place = "identity", 0.01, False
 
     def nodes(self) -> list[fx.Node]:
-        return [n for n in (self.conv, self.bn, self.add, self.act_node) if n is not None]
+        own = [n for n in (self.conv, self.bn, self.add, self.act_node) if n is not None]
+        return [*(self.squeeze.nodes() if self.squeeze else ()), *own]
 
     def describe(self) -> str:
         """For example "conv+bn+add+relu"."""
-        parts = ["conv"] if self.conv else []
+        parts = ["se"] if self.squeeze else []
+        parts += ["conv"] if self.conv else []
         parts.append("bn")
         parts += ["add"] if self.add else []
         parts += [self.act] if self.act != "identity" else []
@@ -150,8 +179,12 @@ class BlockPlans:
 
     plans: tuple[Plan, ...] = ()
     fused: dict[str, str] = field(default_factory=dict)  # path of bn -> "conv+bn+relu"
-    partners: dict[str, str] = field(default_factory=dict)  # path of conv or bn -> note for print(model)
-    unfused_conv: dict[str, str] = field(default_factory=dict)  # path of bn -> why its producer is not in the unit
+    partners: dict[str, str] = field(
+        default_factory=dict
+    )  # path of conv or bn -> note for print(model)
+    unfused_conv: dict[str, str] = field(
+        default_factory=dict
+    )  # path of bn -> why its producer is not in the unit
     left: dict[str, str] = field(default_factory=dict)  # path of bn -> why it is in no unit
     reason: str | None = None  # why there is no plan
 
@@ -206,7 +239,7 @@ def _norm_act_plan(block: nn.Module, backend: str) -> BlockPlans:
     act, slope = norm_act(block)
 
     def run(self, x):
-        return run_chain(x, backend, (None, self, act, slope, None, False))
+        return run_chain(x, backend, (None, self, act, slope, None, False, None))
 
     children = tuple((name, type(child)) for name, child in block._modules.items())
     guards = [Guard((), type(block), children, (), False)]
@@ -365,7 +398,12 @@ class _Builder:
             module = self._module(node)
             if module is None or len(node.args) != 1 or node.kwargs or has_hooks(module):
                 continue
-            names = {"Dropout": "p", "Dropout2d": "p", "StochasticDepth": "p", "DropPath": "drop_prob"}
+            names = {
+                "Dropout": "p",
+                "Dropout2d": "p",
+                "StochasticDepth": "p",
+                "DropPath": "drop_prob",
+            }
             attribute = names.get(type(module).__name__)
             path = tuple(node.target.split("."))
             if attribute is not None:
@@ -457,8 +495,80 @@ class _Builder:
             unit.end_at_bn()
         if unit.conv is not None and self._is_disturbed([unit]):
             unit.conv = None
-            self.found.unfused_conv[node.target] = "something in between may write to the convolution's input"
+            self.found.unfused_conv[node.target] = (
+                "something in between may write to the convolution's input"
+            )
+        if unit.conv is not None:
+            unit.squeeze = self._squeeze_at(unit.conv.args[0], unit.conv)
+            if unit.squeeze is not None and self._is_disturbed([unit]):
+                unit.squeeze = None
         return unit
+
+    def _squeeze_at(self, product: fx.Node, conv: fx.Node) -> FoundSqueeze | None:
+        """The squeeze and excitation that ends in `product`, which only conv reads."""
+        if (
+            product.target not in _MUL_TARGETS.get(product.op, ())
+            or _only_reader(product) is not conv
+        ):
+            return None
+        if product.kwargs or len(product.args) != 2:
+            return None
+        for value, gate_node in (product.args, product.args[::-1]):
+            gate = self._gate_of(gate_node)
+            if gate is None or not isinstance(value, fx.Node):
+                continue
+            back = [gate_node]  # from the gate to the pooling, each read by the next alone
+            for _ in range(4):
+                source = back[-1].args[0] if back[-1].args else None
+                if not isinstance(source, fx.Node) or _only_reader(source) is not back[-1]:
+                    break
+                back.append(source)
+            if len(back) != 5 or _only_reader(gate_node) is not product:
+                continue
+            gate_node, expand, act_node, reduce, pool = back
+            act = self._act_of(act_node)
+            if act is None or act[0] == "leaky_relu" or pool.args[0] is not value:
+                continue
+            if self._is_pointwise(reduce) and self._is_pointwise(expand) and self._pools_all(pool):
+                return FoundSqueeze(
+                    pool, reduce, act_node, act[0], expand, gate_node, gate, product
+                )
+        return None
+
+    def _gate_of(self, node: Any) -> str | None:
+        if not isinstance(node, fx.Node) or node.kwargs or len(node.args) != 1:
+            return None
+        module = self._module(node)
+        if module is not None:
+            return None if has_hooks(module) else _GATE_MODULES.get(type(module))
+        table = {"call_function": _GATE_FUNCTIONS, "call_method": _GATE_METHODS}.get(node.op, {})
+        return table.get(node.target)
+
+    def _is_pointwise(self, node: fx.Node) -> bool:
+        """Whether the node is a 1x1 convolution with nothing special about it."""
+        conv = self._module(node)
+        return (
+            conv is not None
+            and self._why_no_conv(node) is None
+            and isinstance(conv, nn.Conv2d)
+            and conv.kernel_size == conv.stride == (1, 1)
+        )
+
+    def _pools_all(self, node: fx.Node) -> bool:
+        """Whether the node is the mean of each plane, as [N, C, 1, 1]."""
+        module = self._module(node)
+        if module is not None:
+            if type(module) is not nn.AdaptiveAvgPool2d or has_hooks(module) or len(node.args) != 1:
+                return False
+            path = tuple(node.target.split("."))
+            self.reads.setdefault(path, {})["output_size"] = module.output_size
+            return module.output_size in (1, (1, 1))
+        if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+            return not node.kwargs and node.args[1:] in ((1,), ((1, 1),))
+        if node.op == "call_method" and node.target == "mean":
+            rest = (*node.args[1:], *node.kwargs.items())
+            return rest in (((2, 3), ("keepdim", True)), ((2, 3), True))
+        return False
 
     def _why_no_conv(self, source: fx.Node) -> str | None:
         """None where `source` is a convolution for the unit; else why not ("" where it is none at all)."""
@@ -504,7 +614,11 @@ class _Builder:
                 names = {"call_function": _FRESH_FUNCTIONS, "call_method": _FRESH_METHODS}
                 fresh = node.target in names.get(node.op, ())
             fresh = fresh and not self.writes(node)
-            shared = frozenset().union(*(roots[n] for n in node.all_input_nodes)) if not fresh else frozenset()
+            shared = (
+                frozenset().union(*(roots[n] for n in node.all_input_nodes))
+                if not fresh
+                else frozenset()
+            )
             roots[node] = shared | {node}
         return roots
 
@@ -518,7 +632,12 @@ class _Builder:
             return inputs if _may_write(self._module(node), self.known) else ()
         if node.op == "call_function":
             name = getattr(node.target, "__name__", "")
-            in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
+            in_place = node.target in (
+                operator.iadd,
+                operator.imul,
+                operator.isub,
+                operator.itruediv,
+            )
             in_place |= name.endswith("_") and not name.startswith("_")
             in_place |= node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
             in_place |= any(a is True for a in node.args[1:]) and node.target in _ACT_FUNCTIONS
@@ -556,7 +675,7 @@ class _Builder:
             chain = ends.pop(unit.first.args[0], None)
             if (
                 chain is not None
-                and _only_reader(chain[-1].last) is unit.first
+                and set(chain[-1].last.users) == unit.entries
                 and unit.residual is not chain[-1].last
                 and not self._is_disturbed([*chain, unit])
             ):
@@ -573,11 +692,8 @@ class _Builder:
 
     def _note(self, unit: FoundUnit) -> None:
         self.found.fused[unit.bn.target] = unit.describe()
-        parts = [n.target if n.op == "call_module" else None for n in unit.nodes()]
-        conv_and_bn = [p for p in parts if p is not None]
-        words = "+".join(
-            part.rsplit(".", 1)[-1] for part in conv_and_bn[: 1 + (unit.conv is not None)]
-        )
+        conv_and_bn = [n.target for n in (unit.conv, unit.bn) if n is not None]
+        words = "+".join(part.rsplit(".", 1)[-1] for part in conv_and_bn)
         words += "+add" if unit.add is not None else ""
         words += f"+{unit.act}" if unit.act != "identity" else ""
         self.found.partners[unit.bn.target] = words
@@ -593,8 +709,13 @@ class _Builder:
                 modules = []
                 for node in (unit.conv, unit.bn):
                     modules.append(None if node is None else self.graph.get_attr(node.target))
+                squeeze = None
+                if unit.squeeze is not None:
+                    se = unit.squeeze
+                    reduce, expand = (self.graph.get_attr(n.target) for n in (se.reduce, se.expand))
+                    squeeze = (reduce, se.act, expand, se.gate)
                 entries.append(
-                    (*modules, unit.act, unit.slope, unit.residual, unit.adds_in_place)
+                    (*modules, unit.act, unit.slope, unit.residual, unit.adds_in_place, squeeze)
                 )
             call = self.graph.call_function(
                 run_chain, (chain[0].first.args[0], self.backend, *entries)
@@ -636,7 +757,9 @@ class _Builder:
                         return None
         return written
 
-    def _keep_layout(self, run_nodes: list[fx.Node], convs: list[str], written: set[fx.Node]) -> None:
+    def _keep_layout(
+        self, run_nodes: list[fx.Node], convs: list[str], written: set[fx.Node]
+    ) -> None:
         """Runs the block in channels_last where its input is plain NCHW, and hands out what NCHW would have given.
 
         Values that come from a converted input stay in channels_last through operations that do not show it; anything else
@@ -686,7 +809,11 @@ class _Builder:
         if module is not None:
             if type(module).__name__ in ("StochasticDepth", "DropPath"):
                 return True  # one random number per image
-            if type(module) in _LAYOUT_FREE_MODULES or is_norm(module) or type(module) in CONV_CLASSES:
+            if (
+                type(module) in _LAYOUT_FREE_MODULES
+                or is_norm(module)
+                or type(module) in CONV_CLASSES
+            ):
                 return not getattr(module, "return_indices", False)
             return isinstance(module.__dict__.get("forward"), PlannedForward)
         if node.op == "call_function":

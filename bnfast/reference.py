@@ -17,6 +17,12 @@ channel, r an optional residual of z's shape, dy the gradient of y. Per channel 
     (11) dr    = db
     (12) dx    = the convolution transposed, from dz and W alone; the input of the convolution is not an argument
 
+Squeeze and excitation (arXiv 1709.01507) in front of a convolution, x [N, J, H, W], per image n, S hidden channels:
+
+    (13) h     = W1 mean(x) + b1;  g = gate(W2 act(h) + b2);  y = x * g
+    (14) dg    = sum(dy * x)                                     over the pixels of an image
+    (15) dx    = dy * g + W1^T ((W2^T (dg * gate')) * act'(h)) / (H W)
+
 Sums, statistics and (5) are float32 for 16-bit and float32 tensors and float64 for float64. The slope act' is taken at pre
 rounded to the dtype of y, so that forward and backward agree about every element.
 
@@ -36,6 +42,8 @@ BIT_ACTS = ("relu", "relu6", "leaky_relu")
 # Smooth activations: the slope needs the pre-activation, so a residual in front of them is kept.
 SMOOTH_ACTS = ("silu", "hardswish")
 ACTS = ("identity", *BIT_ACTS, *SMOOTH_ACTS)
+# What squeeze and excitation ends in.
+GATES = ("sigmoid", "hardsigmoid")
 
 
 def conv_fwd_reduce(
@@ -218,6 +226,70 @@ def conv_dgrad(
     return torch.convolution(
         dz, weight, None, stride, padding, dilation, True, output_padding, groups
     )
+
+
+def se_fwd(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    act: str,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h [N, S], g [N, J]) by equation (13); reduce_weight [S, J, 1, 1], expand_weight [J, S, 1, 1], all in the dtype of x."""
+
+    def linear(value, weight, bias):
+        return F.linear(
+            value, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
+
+    h = linear(x.mean((2, 3)), reduce_weight, reduce_bias)
+    g = linear(_act_value(h, act, 0.0), expand_weight, expand_bias)
+    g = torch.sigmoid(g) if gate == "sigmoid" else F.hardsigmoid(g)
+    return x * g[:, :, None, None], h, g
+
+
+def se_bwd_reduce(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    act: str,
+    slope: float,
+) -> Tensor:
+    """dg [N, J] by equation (14) in the accumulator dtype; x is z, or where mean is given `bn_fwd_apply` of z."""
+    x = z if mean is None else bn_fwd_apply(z, mean, rstd, gamma, beta, None, act, slope, False)[0]
+    acc = accumulator(z.dtype)
+    return (dy.to(acc) * x.to(acc)).sum((2, 3))
+
+
+def se_bwd_apply(
+    dy: Tensor,
+    dg: Tensor,
+    h: Tensor,
+    g: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    act: str,
+    gate: str,
+) -> Tensor:
+    """dx by equation (15), from dg of `se_bwd_reduce` and h, g of `se_fwd`."""
+    acc = dg.dtype
+    wide_g, wide_h = g.to(acc), h.to(acc)
+    if gate == "sigmoid":
+        dpre = dg * wide_g * (1 - wide_g)
+    else:
+        dpre = torch.ops.aten.hardsigmoid_backward(dg, 6 * wide_g - 3)
+    dh = dpre @ expand_weight.flatten(1).to(acc)
+    if act in SMOOTH_ACTS:
+        dh = dh * _act_slope(wide_h, act)
+    elif act != "identity":
+        dh = torch.where(_act_passes(wide_h, act), dh, 0)
+    dmean = dh @ reduce_weight.flatten(1).to(acc) / max(1, dy.shape[2] * dy.shape[3])
+    return torch.addcmul(dmean.to(dy.dtype)[:, :, None, None], dy, g[:, :, None, None])
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

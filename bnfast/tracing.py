@@ -50,10 +50,16 @@ class Trace:
     """A block's graph and what it assumes."""
 
     graph: fx.Graph
-    inputs: tuple[str, ...]  # parameters of forward that are tensors (or lists); the others have their defaults
+    inputs: tuple[
+        str, ...
+    ]  # parameters of forward that are tensors (or lists); the others have their defaults
     list_inputs: frozenset[str]
-    reads: dict[tuple[str, ...], dict[str, Any]]  # path of a module -> its plain attributes that were read
-    visited: set[tuple[str, ...]]  # paths of the modules whose forward or children the trace went into
+    reads: dict[
+        tuple[str, ...], dict[str, Any]
+    ]  # path of a module -> its plain attributes that were read
+    visited: set[
+        tuple[str, ...]
+    ]  # paths of the modules whose forward or children the trace went into
 
 
 def trace(block: nn.Module, is_leaf: Callable[[nn.Module, str], bool]) -> list[Trace]:
@@ -236,9 +242,7 @@ class _Tracer(fx.Tracer):
     def record(self, module: nn.Module, name: str, value: Any) -> None:
         path = self.paths[id(module)]
         if not _is_checkable(value):
-            raise Untraceable(
-                f"forward reads {'.'.join((*path, name))}, a {type(value).__name__}"
-            )
+            raise Untraceable(f"forward reads {'.'.join((*path, name))}, a {type(value).__name__}")
         self.reads.setdefault(path, {}).setdefault(name, _snapshot(value))
 
     def put_back(self) -> str:

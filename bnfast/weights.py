@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 try:
+    from ._C import clear_pool as _clear_pool
     from ._C import weight_checksum as _checksum
-except ImportError:  # then no backend transforms weights
-    _checksum = None
+except ImportError:  # then no backend transforms weights, and there is no pool
+    _checksum = _clear_pool = None
 
 
 @dataclass
@@ -43,8 +44,11 @@ def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]
 
 
 def clear_cache() -> None:
-    """Forgets all transformed weights; they are computed again when next needed."""
+    """Forgets all transformed weights, which are computed again when next needed, and gives the activation buffers that are
+    kept for the next step back to the operating system."""
     _entries.clear()
+    if _clear_pool is not None:
+        _clear_pool()
 
 
 def cache_bytes() -> int:

@@ -30,7 +30,7 @@ COPIED = (
     "tests",
     "triton_kernels",
 )
-TESTS = ("tests/test_reference.py", "tests/test_backends.py")
+TESTS = ("tests/test_reference.py", "tests/test_backends.py", "tests/test_squeeze.py")
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ MUTATIONS = [
         "bn_fwd_apply",
         "a coarse exponential",
         VECTORS,
-        "e = e * r + (1.0f / 120);",
-        "e = e * r + (1.0f / 110);",
+        "e = fma(e, r, zero + 1.0f / 120);",
+        "e = fma(e, r, zero + 1.0f / 110);",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -376,6 +376,20 @@ MUTATIONS = [
         "std::min(std::max<int64_t>(1, l.plane - 1), s + per_piece)});",
     ),
     # the convolution
+    Mutation(
+        "se_bwd_reduce",
+        "every block reads the first channels",
+        KERNELS,
+        "const int64_t at = pixel * count + j;",
+        "const int64_t at = pixel * count;",
+    ),
+    Mutation(
+        "se_bwd_reduce",
+        "last pixel of a piece forgotten",
+        OPERATORS,
+        "const int64_t last = std::min(l.plane, first + per_piece);",
+        "const int64_t last = std::min(l.plane, first + per_piece - 1);",
+    ),
     Mutation(
         "conv_dgrad",
         "strided depthwise: taps that reach between two outputs are used",

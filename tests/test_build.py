@@ -38,8 +38,12 @@ def test_no_avx_register_outside_the_capability_namespaces():
                 seen_in_capability += 1
             else:
                 guilty.setdefault(symbol, line)
-    assert seen_in_capability > 1000, "the listing shows no AVX code at all: the test does not see what it should"
-    assert not guilty, f"AVX code outside the capability namespaces: {dict(list(guilty.items())[:5])}"
+    assert seen_in_capability > 1000, (
+        "the listing shows no AVX code at all: the test does not see what it should"
+    )
+    assert not guilty, (
+        f"AVX code outside the capability namespaces: {dict(list(guilty.items())[:5])}"
+    )
 
 
 _STEP = """

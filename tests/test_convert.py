@@ -97,7 +97,9 @@ def test_activations_behind_a_norm(name):
 def test_activation_modules(act, kind, inplace):
     act = copy.deepcopy(act)
     act.inplace = inplace
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+    )
     _, converted = check(model, images(2, 3, 6, 5))
     assert fused(converted) == {"1": f"conv+bn+{kind}", "4": "conv+bn"}
 
@@ -191,7 +193,10 @@ def test_norm_in_front_of_a_convolution():
         ((nn.Conv1d(3, 5, 3, padding="same"), nn.BatchNorm1d(5), nn.ReLU()), (4, 3, 9)),
         ((nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.SiLU()), (2, 2, 3, 4, 5)),
         ((nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True)), (7, 6)),
-        ((nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)), (4, 3, 4)),
+        (
+            (nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)),
+            (4, 3, 4),
+        ),
         ((nn.Linear(6, 5), nn.BatchNorm1d(4), nn.ReLU()), (3, 4, 6)),
         ((nn.Conv2d(4, 6, 3, groups=2, dilation=2), nn.BatchNorm2d(6), nn.ReLU6()), (2, 4, 7, 6)),
         ((nn.Conv2d(4, 4, (3, 1), stride=(2, 1), groups=4), nn.BatchNorm2d(4)), (2, 4, 7, 6)),
@@ -201,7 +206,10 @@ def test_norm_in_front_of_a_convolution():
             (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.BatchNorm2d(4)),
             (2, 3, 5, 5),
         ),
-        ((nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3), nn.BatchNorm2d(1)), (2, 1, 6, 6)),
+        (
+            (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3), nn.BatchNorm2d(1)),
+            (2, 1, 6, 6),
+        ),
         ((nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), (5, 3, 1, 1)),
         ((nn.Conv2d(3, 4, 3, padding=2), nn.BatchNorm2d(4), nn.ReLU()), (5, 3, 1, 1)),
         ((nn.Conv2d(3, 4, 4), nn.BatchNorm2d(4), nn.ReLU()), (5, 3, 4, 4)),
@@ -298,7 +306,7 @@ def test_addition_of_quantizable_models():
     [
         ("resnet10t", {"bn1": "conv+bn+relu", "layer1.0.bn2": "conv+bn+add+relu"}),
         ("test_efficientnet", {"bn1": "conv+bn+silu"}),
-        ("mobilenetv3_small_050", {"bn1": "conv+bn+hardswish", "blocks.0.0.bn2": "conv+bn"}),
+        ("mobilenetv3_small_050", {"bn1": "conv+bn+hardswish", "blocks.0.0.bn2": "se+conv+bn"}),
         ("tf_efficientnet_b0", {"bn1": "bn+silu"}),
     ],
 )
@@ -436,7 +444,8 @@ def test_subclasses_are_left():
 
 @pytest.mark.parametrize("name", ["conv", "bn", "relu"])
 @pytest.mark.parametrize(
-    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
 )
 def test_hooks_on_a_child(name, register):
     seen = []
@@ -564,7 +573,22 @@ def _weights_change(b, x):
     return b.bn(z)
 
 
-BODIES = [value for key, value in list(globals().items()) if key.startswith(("_input_", "_relu_with", "_iadd_", "_conv_in", "_residual_", "_output_", "_dropout_", "_weights_"))]
+BODIES = [
+    value
+    for key, value in list(globals().items())
+    if key.startswith(
+        (
+            "_input_",
+            "_relu_with",
+            "_iadd_",
+            "_conv_in",
+            "_residual_",
+            "_output_",
+            "_dropout_",
+            "_weights_",
+        )
+    )
+]
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, None])
@@ -689,7 +713,10 @@ def test_two_inputs_of_different_layouts():
 
     plain = prepare(Two())
     converted = bnfast.convert(plain, train="keep")
-    a, b = images(2, 6, 5, 4), images(2, 6, 5, 4, seed=2).contiguous(memory_format=torch.channels_last)
+    a, b = (
+        images(2, 6, 5, 4),
+        images(2, 6, 5, 4, seed=2).contiguous(memory_format=torch.channels_last),
+    )
     compare(step(plain, [a, b]), step(converted, [a, b]), "NCHW, channels_last")
     compare(step(plain, [b, a]), step(converted, [b, a]), "channels_last, NCHW")
 
@@ -886,7 +913,15 @@ def _replicate(module):
         for key, child in m._modules.items():
             setattr(replica, key, None if child is None else replicas[id(child)])
         for key, parameter in m._parameters.items():
-            setattr(replica, key, None if parameter is None else parameter * 1 if parameter.requires_grad else parameter.detach().clone())
+            setattr(
+                replica,
+                key,
+                None
+                if parameter is None
+                else parameter * 1
+                if parameter.requires_grad
+                else parameter.detach().clone(),
+            )
         for key, buffer in m._buffers.items():
             setattr(replica, key, None if buffer is None else buffer.clone())
     return replicas[id(module)]
@@ -963,7 +998,9 @@ def test_functional_call():
     for module in (plain, model):
         module.eval()
     want = torch.func.functional_call(plain, other, (X,))
-    torch.testing.assert_close(torch.func.functional_call(model, other, (X,)), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.func.functional_call(model, other, (X,)), want, rtol=1e-9, atol=1e-9
+    )
 
 
 TRAIN = ("all", "bn", "bn+output", "output", "none", "all-but-bn", "keep")

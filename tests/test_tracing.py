@@ -163,10 +163,10 @@ def test_defaults_keywords_and_further_arguments(monkeypatch):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: (lambda self, x, *, factor=2.0: self.body(x) * factor),
-        lambda: (lambda self, *xs: self.body(xs[0])),
-        lambda: (lambda self, x, /, factor=2.0: self.body(x) * factor),
-        lambda: (lambda self, x, y=(1, 2): self.body(x) * y[1]),
+        lambda: lambda self, x, *, factor=2.0: self.body(x) * factor,
+        lambda: lambda self, *xs: self.body(xs[0]),
+        lambda: lambda self, x, /, factor=2.0: self.body(x) * factor,
+        lambda: lambda self, x, y=(1, 2): self.body(x) * y[1],
     ],
 )
 def test_signatures(make):
@@ -318,7 +318,9 @@ def test_stochastic_depth():
     check(Net(0.5), images(*SHAPE))
 
 
-@pytest.mark.parametrize("draw", [random.random, lambda: numpy.random.rand(), lambda: torch.rand(1).item()])
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: numpy.random.rand(), lambda: torch.rand(1).item()]
+)
 def test_random_numbers_drawn_in_python(draw):
     class Net(Base):
         def forward(self, x):
@@ -424,7 +426,10 @@ def test_forward_decorated_with_no_grad():
         def forward(self, x):
             return self.body(x)
 
-    check(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Net(), nn.BatchNorm2d(4)), images(*SHAPE))
+    check(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Net(), nn.BatchNorm2d(4)),
+        images(*SHAPE),
+    )
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -536,8 +541,10 @@ def _conv(**options):
         lambda m: setattr(m.blocks[0].conv, "forward", lambda x: x * 2),
         lambda m: setattr(m.stem[1], "forward", lambda x: x * 2),
         lambda m: setattr(m.stem[0], "padding_mode", "circular"),
-        lambda m: setattr(m.blocks[0].conv, "padding_mode", "reflect")
-        or setattr(m.blocks[0].conv, "_reversed_padding_repeated_twice", [1, 1, 1, 1]),
+        lambda m: (
+            setattr(m.blocks[0].conv, "padding_mode", "reflect")
+            or setattr(m.blocks[0].conv, "_reversed_padding_repeated_twice", [1, 1, 1, 1])
+        ),
     ],
 )
 def test_children_that_change_after_convert(change):
@@ -552,7 +559,9 @@ def test_children_that_change_after_convert(change):
 
 def test_slices_of_a_sequential():
     plain, converted = converted_pair(
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        )
     )
     for part in (slice(0, 2), slice(1, 5), slice(3, None), slice(0, 0)):
         agree(plain[part], converted[part], images(*SHAPE))

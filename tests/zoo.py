@@ -96,12 +96,16 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[tuple, bool]:
     if "segmentation" in module:
         return (images(6, 3, 64, 64),), False
     side = 299 if "inception" in name else 224 if "maxvit" in name else 64
-    if name.startswith(("efficientnet", "mobilenet", "quantized_mobilenet", "mnasnet", "regnet", "shufflenet")):
+    if name.startswith(
+        ("efficientnet", "mobilenet", "quantized_mobilenet", "mnasnet", "regnet", "shufflenet")
+    ):
         side = 40  # grouped convolutions are slow in float64
     return (images(4, 3, side, side),), False
 
 
-def step(model: nn.Module, name: str, dtype: torch.dtype, training: bool) -> dict[str, torch.Tensor]:
+def step(
+    model: nn.Module, name: str, dtype: torch.dtype, training: bool
+) -> dict[str, torch.Tensor]:
     """One forward and backward pass; everything to compare, by name."""
     arguments, is_detection = inputs(name, dtype)
     leaf = arguments[0]
@@ -118,7 +122,9 @@ def step(model: nn.Module, name: str, dtype: torch.dtype, training: bool) -> dic
         output = model(*arguments)
     leaves = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     generator = torch.Generator().manual_seed(3)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in leaves]
+    upstream = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in leaves
+    ]
     torch.autograd.backward(leaves, upstream)
     result = {f"output {i}": t.detach() for i, t in enumerate(leaves)}
     if isinstance(leaf, torch.Tensor):
@@ -157,10 +163,16 @@ def compare(name: str, want: dict, got: dict, rtol: float) -> None:
             assert actual is None, f"{name}: {key}: a gradient where the unconverted model has none"
             continue
         assert actual is not None, f"{name}: {key}: no gradient"
-        assert actual.stride() == expected.stride() or not key.startswith("output"), f"{name}: {key}: strides"
+        assert actual.stride() == expected.stride() or not key.startswith("output"), (
+            f"{name}: {key}: strides"
+        )
         scale = largest if key.startswith("grad") else max(expected.abs().max().item(), 1e-30)
-        error = (actual.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
-        assert error <= rtol * scale, f"{name}: {key}: differs by {error:.3g} at a scale of {scale:.3g}"
+        error = (
+            (actual.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+        )
+        assert error <= rtol * scale, (
+            f"{name}: {key}: differs by {error:.3g} at a scale of {scale:.3g}"
+        )
 
 
 def prepare(name: str, dtype: torch.dtype) -> nn.Module:

@@ -132,7 +132,7 @@ const A* lay_out(const Layout& l, A* to, F value) {
   return to;
 }
 
-// Kernel arguments shared by the phases that know the statistics, with dgamma and dbeta where the backward uses batch
+// Kernel arguments shared by the phases that know the statistics (mean 0 and rstd 1 where absent), with dgamma and dbeta where the backward uses batch
 // statistics. `buffer` owns the parameters that the pointers point to.
 template <class A>
 void set_parameters(BnTensors& t, Tensor& buffer, const Layout& l, const OptionalTensor& mean, const OptionalTensor& rstd,
@@ -143,8 +143,10 @@ void set_parameters(BnTensors& t, Tensor& buffer, const Layout& l, const Optiona
   A* to = buffer.mutable_data_ptr<A>();
   const int64_t step = l.parameters();
   const A count = static_cast<A>(l.count());
-  t.mean = lay_out(l, to, [&](int64_t c) { return m.values[c]; });
-  t.scale = lay_out(l, to + step, [&](int64_t c) { return g.values ? g.values[c] * r.values[c] : r.values[c]; });
+  t.mean = lay_out(l, to, [&](int64_t c) { return m.values ? m.values[c] : A(0); });
+  t.scale = lay_out(l, to + step, [&](int64_t c) {
+    return (g.values ? g.values[c] : A(1)) * (r.values ? r.values[c] : A(1));
+  });
   t.beta = lay_out(l, to + 2 * step, [&](int64_t c) { return b.values ? b.values[c] : A(0); });
   if (dg.values) {
     t.shift_db = lay_out(l, to + 3 * step, [&](int64_t c) { return db.values[c] / count; });
@@ -152,8 +154,8 @@ void set_parameters(BnTensors& t, Tensor& buffer, const Layout& l, const Optiona
   }
 }
 
-void set_arguments(BnTensors& t, Tensor& buffer, const Tensor& z, const Layout& l, const Tensor& mean, const Tensor& rstd,
-                   const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& dgamma,
+void set_arguments(BnTensors& t, Tensor& buffer, const Tensor& z, const Layout& l, const OptionalTensor& mean,
+                   const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& dgamma,
                    const OptionalTensor& dbeta, const Tensor& residual, c10::string_view act, double slope) {
   check_vector(mean, z, "mean");
   check_vector(rstd, z, "rstd");
@@ -503,6 +505,45 @@ std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const
   return {dz, dresidual};
 }
 
+Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mean, OptionalTensor rstd, OptionalTensor gamma,
+                     OptionalTensor beta, c10::string_view act, double slope) {
+  check_z(z_in);
+  check_like(dy_in, z_in, "dy");
+  const Tensor z = dense(z_in);
+  Layout l = layout_of(z);
+  const Tensor dy = dy_in.contiguous(l.format);
+  l.rows = l.inner == 1;
+  l.length = l.channels;
+  Tensor parameters;
+  BnTensors t;
+  set_arguments(t, parameters, z, l, mean, rstd, gamma, beta, std::nullopt, std::nullopt, Tensor(), act, slope);
+  t.dy = dy.const_data_ptr();
+  const BnKernels& kernels = kernels_for(z);
+  const auto options = z.options().dtype(accumulator(z)).memory_format(at::MemoryFormat::Contiguous);
+  if (l.numel() == 0) return at::zeros({l.batch, l.channels}, options);
+  if (!l.rows) {
+    Tensor sums = at::empty({l.batch, l.channels}, options);
+    const int64_t together = std::max<int64_t>(1, kApplyUnit / l.plane), blocks = ceil_div(l.channels, together);
+    for_units(l.batch * blocks, [&](int64_t u) {
+      const int64_t n = u / blocks, c = u % blocks * together;
+      kernels.se_reduce_planes(t, {l.channels, l.plane, n, n + 1, c, std::min(l.channels, c + together), 0, l.plane},
+                               sums.mutable_data_ptr());
+    });
+    return sums;
+  }
+  // A unit is a piece of one image; the pieces are added in their order.
+  const int64_t pieces = ceil_div(l.plane * l.channels, kUnit), per_piece = ceil_div(l.plane, pieces);
+  Tensor parts = at::empty({l.batch, pieces, l.channels}, options);
+  char* to = static_cast<char*>(parts.mutable_data_ptr());
+  const int64_t step = l.channels * parts.element_size();
+  for_units(l.batch * pieces, [&](int64_t u) {
+    const int64_t image = u / pieces * l.plane, first = u % pieces * per_piece;
+    const int64_t last = std::min(l.plane, first + per_piece);
+    kernels.se_reduce_pixels(t, {l.channels, image + std::min(first, last), image + last}, to + u * step);
+  });
+  return pieces == 1 ? parts.squeeze(1) : parts.sum(1);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
@@ -510,6 +551,7 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("bn_fwd_apply", &bn_fwd_apply);
   m.impl("bn_bwd_reduce", &bn_bwd_reduce);
   m.impl("bn_bwd_apply", &bn_bwd_apply);
+  m.impl("se_bwd_reduce", &se_bwd_reduce);
 }
 
 }  // namespace bnfast

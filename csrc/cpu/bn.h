@@ -44,6 +44,9 @@ struct PlaneSpan {
   int64_t n_begin, n_end, c_begin, c_end, s_begin, s_end;
 };
 
+// Pixels [begin, end) of a channels_last tensor, counted over n and the plane; parameters are arrays of C.
+struct PixelSpan { int64_t channels, begin, end; };
+
 // Kernels of one capability for one dtype. Each call is one unit of work, done by one thread.
 struct BnKernels {
   // bn_fwd_reduce: exact mean and M2 of the span per parameter place.
@@ -59,6 +62,10 @@ struct BnKernels {
   // bn_bwd_apply.
   void (*bwd_apply_rows)(const BnTensors&, RowSpan);
   void (*bwd_apply_planes)(const BnTensors&, PlaneSpan);
+  // se_bwd_reduce: sum(dy * y) with y = act((z - mean) * scale + beta), over the pixels (arrays of C), or of each plane of the
+  // span (sums of N x C).
+  void (*se_reduce_pixels)(const BnTensors&, PixelSpan, void* sums);
+  void (*se_reduce_planes)(const BnTensors&, PlaneSpan, void* sums);
 };
 
 }  // namespace bnfast

@@ -3,6 +3,7 @@
 //   bn_fwd_apply   [read z (, r), write y]     y = act((z - mean) * scale + beta (+ r)) (, 1 bit)
 //   bn_bwd_reduce  [read dy, z]                sum(db), sum(db * (z - mean)) with db = dy * act'
 //   bn_bwd_apply   [read dy, z, write dz (, dr)]
+//   se_bwd_reduce  [read dy, z]                sum(dy * y) per image and channel, with y computed again from z
 // Included once per capability; see vec.h for the arithmetic and bn.h for the two views of a tensor.
 #pragma once
 
@@ -360,10 +361,72 @@ void bwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* sum_db, void* s
   });
 }
 
+// ---- se_bwd_reduce ------------------------------------------------------------------------------------------------
+
+// What forward stored as y.
+template <class T, class Activation, class C, class L>
+BNFAST_INLINE Block<acc_t<T>> output_of(Activation act, const C& channel, const T* z, int64_t j, L lanes) {
+  return rounded_to<T>(act.value(channel.pre_activation(load(z, lanes), j, lanes)));
+}
+
+template <class T>
+void se_reduce_pixels(const BnTensors& t, PixelSpan span, void* sums_out) {
+  using A = acc_t<T>;
+  const int64_t count = span.channels;
+  const T* z = static_cast<const T*>(t.z);
+  const T* dy = static_cast<const T*>(t.dy);
+  A* sums = static_cast<A*>(sums_out);
+  std::fill(sums, sums + count, A(0));
+  const Channel<T, true> channel(t, 0);
+  with_activation(t.act, t.slope, [&](auto act) {
+    auto product = [&](int64_t pixel, int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+      const int64_t at = pixel * count + j;
+      return load(dy + at, lanes) * output_of<T>(act, channel, z + at, j, lanes);
+    };
+    int64_t p = span.begin;
+    for (; p + 4 <= span.end; p += 4) {
+      for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+        const Block<A> four = (product(p, j, lanes) + product(p + 1, j, lanes)) +
+                              (product(p + 2, j, lanes) + product(p + 3, j, lanes));
+        store(sums + j, load(sums + j, lanes) + four, lanes);
+      });
+    }
+    for (; p < span.end; ++p) {
+      for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+        store(sums + j, load(sums + j, lanes) + product(p, j, lanes), lanes);
+      });
+    }
+  });
+}
+
+template <class T>
+void se_reduce_planes(const BnTensors& t, PlaneSpan span, void* sums_out) {
+  using A = acc_t<T>;
+  const T* z = static_cast<const T*>(t.z);
+  const T* dy = static_cast<const T*>(t.dy);
+  A* sums = static_cast<A*>(sums_out);
+  with_activation(t.act, t.slope, [&](auto act) {
+    for (int64_t n = span.n_begin; n < span.n_end; ++n) {
+      PlaneSpan image = span;
+      image.n_begin = n;
+      image.n_end = n + 1;
+      for (int64_t c = span.c_begin; c < span.c_end; ++c) {
+        const Channel<T, false> channel(t, c);
+        // Lanes past the end hold dy = 0.
+        sums[n * span.channels + c] =
+            sum_over_channel<A>(image, c, [&](int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
+              return load(dy + e + j, lanes) * output_of<T>(act, channel, z + e + j, j, lanes);
+            });
+      }
+    }
+  });
+}
+
 template <class T>
 constexpr BnKernels bn_kernels() {
   return {fwd_reduce_rows<T>, fwd_reduce_planes<T>, fwd_apply<T, RowSpan>, fwd_apply<T, PlaneSpan>,
-          bwd_reduce_rows<T>, bwd_reduce_planes<T>, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>};
+          bwd_reduce_rows<T>, bwd_reduce_planes<T>, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>,
+          se_reduce_pixels<T>, se_reduce_planes<T>};
 }
 
 }  // namespace bnfast::BNFAST_NAMESPACE

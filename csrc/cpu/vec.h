@@ -320,8 +320,10 @@ BNFAST_INLINE FloatVec exp_clamped(FloatVec x) {
 
 // 1 / (1 + exp(-x)) to about 2 ulp. The one function whose bits depend on the instruction set: fma and division differ.
 BNFAST_INLINE Block<float> sigmoid(const Block<float>& x) {
-  return Block<float>::make(
-      [&](int p) BNFAST_INLINE_LAMBDA { return reciprocal(exp_clamped(-x.part[p]) + 1.0f); });
+  return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
+    const FloatVec s = reciprocal(exp_clamped(-x.part[p]) + 1.0f);
+    return x.part[p] < -87.0f ? FloatVec{} : s;   // 0, so that -infinity * sigmoid(-infinity) is NaN as in PyTorch
+  });
 }
 
 BNFAST_INLINE Block<double> sigmoid(const Block<double>& x) {

@@ -1,0 +1,299 @@
+"""Squeeze and excitation in front of a unit: its phases, the chain, and where convert() finds it."""
+
+import copy
+
+import pytest
+import torch
+from closeness import accumulator
+from torch import nn
+from torch.nn import functional as F
+
+import bnfast
+from bnfast import native, ops, reference
+
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(native.unavailable is not None, reason="not built")
+    ),
+]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+needs_extension = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
+
+
+def phase_arguments(shape, dtype, layout, has_bn):
+    acc = accumulator(dtype)
+    c = shape[1]
+    z = (torch.randn(shape, dtype=acc) * 2 + 3).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    dy = torch.randn(shape, dtype=acc).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    if not has_bn:
+        return dy, z, None, None, None, None
+    return (
+        dy,
+        z,
+        torch.randn(c, dtype=acc) + 3,
+        torch.rand(c, dtype=acc),
+        torch.randn(c),
+        torch.randn(c),
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize("has_bn", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 5, 7, 9),
+        (2, 33, 13, 11),
+        (1, 100, 1, 1),
+        (1, 2, 300, 301),
+        (2, 64, 56, 57),
+        (0, 4, 3, 3),
+        (2, 3, 0, 4),
+    ],
+    ids=str,
+)
+def test_se_bwd_reduce(shape, dtype, layout, has_bn):
+    torch.manual_seed(0)
+    arguments = phase_arguments(shape, dtype, layout, has_bn)
+    for act in reference.ACTS if has_bn else ("identity",):
+        got = native.se_bwd_reduce(*arguments, act, 0.1)
+        wide = [None if t is None else t.double() for t in arguments]
+        dy, z, *rest = wide
+        y = z if not has_bn else reference.bn_fwd_apply(z, *rest, None, act, 0.1, False)[0]
+        terms = dy * y
+        size = terms.abs()
+        if has_bn:  # the pre-activation's own rounding, where its terms cancel
+            mean, rstd, gamma, beta = (reference.per_channel(t, z) for t in rest)
+            size = size + dy.abs() * ((gamma * rstd).abs() * (z.abs() + mean.abs()) + beta.abs())
+        assert got.dtype == accumulator(dtype)
+        # y is rounded once to dtype, in every term.
+        unit = torch.finfo(dtype).eps
+        band = size.sum((2, 3)) * unit * 8 + 1e-300
+        assert ((got.double() - terms.sum((2, 3))).abs() <= band).all()
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_se_bwd_reduce_does_not_depend_on_threads(layout):
+    torch.manual_seed(0)
+    arguments = phase_arguments((3, 48, 61, 57), torch.float32, layout, True)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(native.se_bwd_reduce(*arguments, "silu", 0.0))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+@needs_extension
+def test_opcheck():
+    arguments = phase_arguments((2, 5, 4, 3), torch.float32, "channels_last", True)
+    torch.library.opcheck(torch.ops.bnfast.se_bwd_reduce.default, (*arguments, "silu", 0.0))
+
+
+def tensors(*shapes):
+    return [torch.randn(s, dtype=torch.float64) for s in shapes]
+
+
+def plain_squeeze(x, w1, b1, w2, b2, act, gate):
+    h = F.conv2d(x.mean((2, 3), keepdim=True), w1, b1)
+    g = F.conv2d(reference._act_value(h, act, 0.0), w2, b2)
+    return x * (torch.sigmoid(g) if gate == "sigmoid" else F.hardsigmoid(g))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", ["first", "after a unit", "after a residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "act, gate",
+    [
+        ("relu", "sigmoid"),
+        ("silu", "sigmoid"),
+        ("relu", "hardsigmoid"),
+        ("hardswish", "hardsigmoid"),
+        ("identity", "sigmoid"),
+    ],
+)
+def test_chain_equals_plain_composition(backend, place, layout, act, gate):
+    torch.manual_seed(1)
+    n, j, s, c = 3, 6, 4, 5
+    x, w0, w1, b1, w2, b2, w = tensors(
+        (n, j, 7, 5), (j, 1, 3, 3), (s, j, 1, 1), (s,), (j, s, 1, 1), (j,), (c, j, 1, 1)
+    )
+    x = x.contiguous(memory_format=LAYOUTS[layout]) + 0.5
+    (residual,) = tensors((n, j, 7, 5))
+    gammas = [torch.rand(j, dtype=torch.float64) + 0.5, torch.rand(c, dtype=torch.float64) + 0.5]
+    betas = tensors((j,), (c,))
+    (dy,) = tensors((n, c, 7, 5))
+    squeeze = ops.SqueezeExcite(w1, b1, w2, b2, act, gate)
+    results = []
+    for is_plain in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *gammas, *betas)]
+        value, r, g0, g1, e0, e1 = leaves
+        with_residual = place == "after a residual"
+        if is_plain:
+            if place != "first":
+                value = F.conv2d(value, w0, None, 1, 1, 1, j)
+                value = F.batch_norm(value, None, None, g0, e0, True)
+                value = F.silu(value + r if with_residual else value)
+            value = plain_squeeze(value, w1, b1, w2, b2, act, gate)
+            y = F.relu(F.batch_norm(F.conv2d(value, w), None, None, g1, e1, True))
+        else:
+            units = []
+            if place != "first":
+                units.append(ops.Unit(w0, None, (1, 1), (1, 1), (1, 1), j, gamma=g0, beta=e0, act="silu",
+                                      residual=r if with_residual else None))  # fmt: skip
+            units.append(
+                ops.Unit(
+                    w,
+                    None,
+                    (1, 1),
+                    (0, 0),
+                    (1, 1),
+                    1,
+                    gamma=g1,
+                    beta=e1,
+                    act="relu",
+                    squeeze=squeeze,
+                )
+            )
+            y = ops.frozen_conv_bn_act(value, units, backend)
+        used = [t for t in leaves if place != "first" or t is leaves[0] or t is g1 or t is e1]
+        used = [t for t in used if with_residual or t is not r]
+        results.append([y.detach(), *torch.autograd.grad(y, used, dy)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.isfinite(ours).all()
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"act": "gelu"}, "squeeze.act"), ({"gate": "tanh"}, "squeeze.gate"), ({"reduce_weight": torch.randn(2, 4, 1, 1, requires_grad=True)}, "gradient")],
+)  # fmt: skip
+def test_bad_squeeze_is_refused(change, word):
+    squeeze = ops.SqueezeExcite(torch.randn(2, 4, 1, 1), None, torch.randn(4, 2, 1, 1), None)
+    unit = ops.Unit(
+        torch.randn(3, 4, 1, 1), None, (1, 1), (0, 0), (1, 1), squeeze=squeeze._replace(**change)
+    )
+    with pytest.raises(ValueError, match=word):
+        ops.frozen_conv_bn_act(torch.randn(2, 4, 3, 3), [unit])
+
+
+class Block(nn.Module):
+    """conv-bn-act, squeeze and excitation in one of the usual spellings, conv-bn."""
+
+    def __init__(self, spelling="module", gate="sigmoid"):
+        super().__init__()
+        self.conv1, self.bn1 = (
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+            nn.BatchNorm2d(6),
+        )
+        self.pool, self.fc1, self.act = nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 3, 1), nn.ReLU()
+        self.fc2, self.gate = (
+            nn.Conv2d(3, 6, 1),
+            nn.Sigmoid() if gate == "sigmoid" else nn.Hardsigmoid(),
+        )
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.spelling = spelling
+
+    def forward(self, x):
+        x = F.silu(self.bn1(self.conv1(x)))
+        s = x.mean((2, 3), keepdim=True) if self.spelling == "mean" else self.pool(x)
+        s = self.fc2(self.act(self.fc1(s)))
+        s = torch.sigmoid(s) if self.spelling == "mean" else self.gate(s)
+        if self.spelling == "scaled":
+            s = s * 0.5
+        y = s * x if self.spelling == "module" else x * s
+        z = self.bn2(self.conv2(y))
+        return (z, y) if self.spelling == "two readers" else z
+
+
+def compare(model, prepare=lambda m: None, **options):
+    plain, ours = model, bnfast.convert(model, **options)
+    if not options:
+        bnfast.freeze(plain, "bn")
+    else:
+        plain = copy.deepcopy(plain)
+    prepare(plain)
+    prepare(ours)
+    x = torch.randn(4, 6, 9, 7, dtype=torch.float64)
+    results = []
+    for net in (plain, ours):
+        given = x.clone().requires_grad_()
+        out = net(given)
+        out = sum(t.mean(1) for t in out) if isinstance(out, tuple) else out
+        torch.manual_seed(3)
+        out.backward(torch.randn_like(out))
+        results.append(
+            [out.detach(), given.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7 * max(1.0, b.abs().max().item()))
+    return {e.name: e.fused_as for e in bnfast.explain(ours).fused}
+
+
+@pytest.mark.parametrize(
+    "spelling, gate", [("module", "sigmoid"), ("module", "hardsigmoid"), ("mean", "sigmoid")]
+)
+def test_found_in_its_usual_spellings(spelling, gate):
+    torch.manual_seed(0)
+    assert compare(Block(spelling, gate).double())["bn2"] == "se+conv+bn"
+
+
+@pytest.mark.parametrize("spelling", ["two readers", "scaled"])
+def test_left_alone_where_it_is_something_else(spelling):
+    torch.manual_seed(0)
+    assert compare(Block(spelling).double())["bn2"] == "conv+bn"
+
+
+def test_trainable_gate_gets_its_gradients():
+    torch.manual_seed(0)
+    assert compare(Block().double(), train="keep")["bn2"] == "se+conv+bn"
+
+
+def test_hook_on_a_part_is_called():
+    calls = []
+
+    def prepare(net):
+        net.fc1.register_forward_hook(lambda *args: calls.append(1))
+
+    torch.manual_seed(0)
+    compare(Block().double(), prepare)
+    assert len(calls) == 2
+
+
+def test_unfreezing_the_gate_later_stays_correct():
+    torch.manual_seed(0)
+    compare(Block().double(), lambda net: net.fc2.requires_grad_(True))
+
+
+def test_input_is_computed_again_and_not_saved():
+    block = bnfast.convert(Block())
+    x = torch.randn(2, 6, 16, 16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        block(x)
+    large = [t for t in saved if t.numel() >= 2 * 6 * 16 * 16]
+    assert len(large) == 2  # z of both units
+
+
+@needs_extension
+def test_compiles_whole():
+    torch.manual_seed(0)
+    block = bnfast.convert(Block())
+    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    dy = torch.randn(2, 8, 8, 8)
+    results = []
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.zero_grad()
+        y = run(x)
+        results.append(
+            [y.detach(), *torch.autograd.grad(y, [x, block.bn1.weight, block.bn2.bias], dy)]
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
