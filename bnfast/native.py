@@ -1,6 +1,6 @@
 """The compiled backend: the phases as registered operators, with fake kernels so that torch.compile sees through them.
 
-The four BatchNorm phases are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` hand the convolution itself to PyTorch, with
+The four BatchNorm phases and `se_bwd_reduce` are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` hand the convolution itself to PyTorch, with
 the frozen weight in the form that is fastest, kept by `weights`. Signatures and meanings: `reference`.
 """
 

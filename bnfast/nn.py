@@ -226,8 +226,9 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
 def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
     """Runs (conv, bn, act, negative_slope, residual, adds_in_place, squeeze) units, each on the last's output.
 
-    conv, bn, residual and squeeze may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`. Decides at each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, and a residual
-    of another shape or dtype is added the ordinary way.
+    conv, bn, residual and squeeze may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`. Decides at
+    each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, as does squeeze and
+    excitation with such a part, and a residual of another shape or dtype is added the ordinary way.
     """
     ready: list[ops.Unit] = []
     for conv, bn, act, slope, residual, adds_in_place, squeeze in units:

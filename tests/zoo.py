@@ -223,8 +223,8 @@ def table(rows: list[tuple[str, bnfast.Report]]) -> str:
     lines = [
         "# What convert() fuses in torchvision",
         "",
-        f"Written by `python tests/zoo.py --write docs/coverage.md` (torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}). Each model's training step agreed with the unconverted model's in float64.",
+        f"As explain() reports it (torch {torch.__version__}, torchvision {torchvision.__version__}). `python tests/zoo.py` "
+        "compares a training step of each model with the unconverted model's and can write this table.",
         "",
         "| model | BatchNorms | fused | as | left, because |",
         "|---|--:|--:|---|---|",

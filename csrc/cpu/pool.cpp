@@ -22,7 +22,7 @@ namespace {
 constexpr size_t kSmallest = size_t{1} << 16;    // smaller tensors stay with malloc
 constexpr size_t kGrain = size_t{1} << 16;       // sizes are multiples of this
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr double kSlack = 1.5;                  // bound on bytes held, over the most that was in use at once
+constexpr double kSlack = 1.5;                   // bound on bytes held, over the most that was in use at once
 constexpr double kFit = 1.125;                   // a free buffer serves requests down to its size over this ...
 constexpr double kLooseFit = 4;                  // ... or over this where the bound is reached
 

@@ -1,5 +1,5 @@
 // A pool of activation buffers. What a chain allocates is large, short-lived, and the same in every training step; from
-// malloc it comes as fresh pages, and the kernel's clearing of them costs as much as a BatchNorm phase.
+// malloc it comes as fresh pages, which the operating system clears one by one at their first use.
 //
 // The pool stands in front of PyTorch's CPU allocator and serves only threads that are inside a PoolScope; the tensors are
 // ordinary ones and may outlive it. The pool never holds more than kSlack times the most that was in use at once.
