@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import reference, weights
+from . import reference, weights, winograd
 from .reference import accumulator
 
 try:
@@ -19,6 +19,7 @@ except ImportError as error:
     unavailable = f"the extension bnfast._C is not built or does not load: {error}"
 else:
     unavailable = None
+    _capability = _C.cpu_capability()
 
 _CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
 _STATS = (
@@ -45,8 +46,22 @@ def _pooled(kernel):
 
 @_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
+    if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
+        turned = weights.transformed(weight, "winograd", winograd.transformed_weight)
+        return torch.ops.bnfast.winograd_conv.default(x, turned, bias, weight.shape[0], padding)
     weight = _as_dtype(weight, x.dtype)
     return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
+    """A 3x3 convolution of stride 1 whose result is channels_last, where Winograd's form pays."""
+    return (
+        weight.dim() == 4
+        and torch.channels_last in (_memory_format(x), _memory_format(weight))
+        and winograd.serves(
+            x, weight.shape[2:], weight.shape[0], stride, padding, dilation, groups, _capability
+        )
+    )
 
 
 def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
@@ -91,9 +106,17 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
             memory_format=layout
         )
 
-    turned = weights.transformed(weight, ("rotated", groups, dz.dtype, layout), rotated)
     margin = [r - p for r, p in zip(reach, padding, strict=True)]
-    return reference.conv_forward(dz, turned, None, [1] * len(reach), margin, dilation, groups)
+    ones = [1] * len(reach)
+    if layout == torch.channels_last and winograd.serves(
+        dz, weight.shape[2:], weight.shape[1], ones, margin, dilation, groups, _capability
+    ):
+        turned = weights.transformed(
+            weight, "winograd rotated", lambda w: winograd.transformed_weight(rotated(w))
+        )
+        return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
+    turned = weights.transformed(weight, ("rotated", groups, dz.dtype, layout), rotated)
+    return reference.conv_forward(dz, turned, None, ones, margin, dilation, groups)
 
 
 def _is_depthwise(weight, groups):
@@ -196,6 +219,16 @@ def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
     )
 
 
+def _fake_winograd_conv(x, weights, bias, out_channels, padding):
+    sizes = [size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True)]
+    return torch.empty(
+        (x.shape[0], out_channels, *sizes),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz.new_empty((dz.shape[0], weight.shape[1]))
@@ -237,6 +270,7 @@ if unavailable is None:
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
         ("depthwise_dgrad", _fake_depthwise_dgrad),
+        ("winograd_conv", _fake_winograd_conv),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),
         ("bn_fwd_apply", _fake_bn_fwd_apply),
         ("bn_bwd_reduce", _fake_bn_bwd_reduce),

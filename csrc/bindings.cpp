@@ -25,6 +25,7 @@ TORCH_LIBRARY(bnfast, m) {
       "-> Tensor");
   m.def(
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

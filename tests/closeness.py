@@ -116,3 +116,22 @@ def _message(what, got, oracle, error, allowed, good, stock_error, dtype) -> str
         f"  error {error[at].item():.3e}, allowed {allowed[at].item():.3e} "
         f"(stock PyTorch's worst scaled error is {stock_error:.3e})"
     )
+
+
+def assert_close_as_winograd(
+    actual: Tensor, oracle64: Tensor, stock_list: Sequence[Tensor], what: str
+) -> None:
+    """The rule for a convolution in Winograd's form, which rounds more than the direct one: error over result at most 5e-6 in
+    the 2-norm and 2e-5 in the largest element, or 8 times the worst stock path's, whichever is larger. NaN fails."""
+    assert actual.shape == oracle64.shape, (
+        f"{what}: shape {tuple(actual.shape)}, the oracle has {tuple(oracle64.shape)}"
+    )
+    oracle = _float64(oracle64)
+    for name, order, bound in (("2-norm", 2.0, 5e-6), ("largest element", math.inf, 2e-5)):
+        size = torch.linalg.vector_norm(oracle, order)
+        error, *stock = (
+            torch.linalg.vector_norm(_float64(t) - oracle, order) / size
+            for t in (actual, *stock_list)
+        )
+        allowed = max([bound] + [8 * float(s) for s in stock])
+        assert error <= allowed, f"{what}: {name} of the error {error:.2e}, allowed {allowed:.2e}"

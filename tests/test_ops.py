@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bnfast
-from bnfast import dispatch, native, ops, reference, weights
+from bnfast import dispatch, native, ops, reference, weights, winograd
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
 ACTIVATIONS = {
@@ -214,6 +214,13 @@ def operator_inputs(name: str):
     layouts = ("contiguous", "channels_last", "slice", "transposed")
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
     acts = itertools.cycle(reference.ACTS)
+    if name == "winograd_conv":
+        for channels, out, padding in ((20, 18, [1, 1]), (3, 32, [0, 2])):
+            weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3))
+            x = torch.randn(2, channels, 9, 7).contiguous(memory_format=torch.channels_last)
+            yield (x, weights, torch.randn(out), out, padding)
+            yield (x, weights, None, out, padding)
+        return
     if name == "depthwise_dgrad":
         for kernel, dtype in zip((1, 3, 5), dtypes, strict=False):
             dz = lay_out(torch.randn(2, 5, 4, 3, dtype=dtype), "channels_last")

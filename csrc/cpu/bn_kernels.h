@@ -21,15 +21,6 @@ constexpr int64_t kTile = 32768;
 
 template <bool kValue> using Flag = std::bool_constant<kValue>;
 
-// A whole Block, or the first lanes of one. Two types, so that the loop over whole Blocks is compiled without the other case.
-struct Whole {};
-struct First { int64_t lanes; };
-
-template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, Whole) { return load_block(from); }
-template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, First f) { return load_partial(from, f.lanes); }
-template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, Whole) { store_block(to, b); }
-template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, First f) { store_partial(to, b, f.lanes); }
-
 // Channel parameters of a span: read along it (rows), or one value for all of it (planes).
 template <class A, bool kAlong>
 struct Parameter {

@@ -3,6 +3,7 @@
 
 #include "bn.h"
 #include "conv_depthwise.h"
+#include "conv_winograd.h"
 
 namespace bnfast {
 
@@ -12,6 +13,7 @@ struct Capability {
   const char* name;
   BnKernels bn[static_cast<int>(Dtype::kCount)];
   DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
+  WinogradKernels winograd;   // float32
 };
 
 // The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.

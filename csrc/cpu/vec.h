@@ -264,6 +264,15 @@ BNFAST_INLINE void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
   std::memcpy(to, lane, n * sizeof(T));
 }
 
+// A whole Block, or the first lanes of one. Two types, so that the loop over whole Blocks is compiled without the other case.
+struct Whole {};
+struct First { int64_t lanes; };
+
+template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, Whole) { return load_block(from); }
+template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, First f) { return load_partial(from, f.lanes); }
+template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, Whole) { store_block(to, b); }
+template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, First f) { store_partial(to, b, f.lanes); }
+
 // The value that storing as T keeps.
 template <class T>
 BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
@@ -274,6 +283,21 @@ BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
     store_block(lane, b);
     return load_block(lane);
   }
+}
+
+// The value in every lane: one load that repeats it, where adding it to a vector of zeros costs an addition (-0 + 0 is 0).
+BNFAST_INLINE FloatVec broadcast(float value) {
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_set1_ps(value);
+#elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
+  return (FloatVec)_mm256_set1_ps(value);
+#elif defined(__x86_64__)
+  return (FloatVec)_mm_set1_ps(value);
+#else
+  FloatVec v;
+  for (int i = 0; i < Block<float>::kLanes; ++i) v[i] = value;
+  return v;
+#endif
 }
 
 // ---- sigmoid ------------------------------------------------------------------------------------------------------

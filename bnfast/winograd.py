@@ -1,0 +1,74 @@
+"""Winograd's F(4x4, 3x3) for frozen weights: the transform that is taken once, and when the form is used.
+
+A tile of 4 x 4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (arXiv 1509.09308), with the points 0, 1, -1, 2,
+-2 and infinity: 36 products in place of 144. The kernel is csrc/cpu/conv_winograd_kernels.h.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_LANES = 16
+_MOST_WASTE = 2.0  # places that are computed over those that exist; the form is no gain beyond it
+
+
+def transformed_weight(weight: Tensor) -> Tensor:
+    """G w G^T of weight [K, C, 3, 3], taken in float64, as float32 [36, ceil(K / 16), C, 16] with zeros behind channel K."""
+    points = torch.tensor(_G, dtype=torch.float64, device=weight.device)
+    out_channels, channels = weight.shape[:2]
+    blocks = math.ceil(out_channels / _LANES)
+    result = torch.empty(36, blocks, channels, _LANES, device=weight.device)
+    # Block by block: in float64 the whole would take eight times the weight.
+    for block, part in enumerate(weight.split(_LANES)):
+        wide = torch.einsum("ai,kcij,bj->abck", points, part.double(), points)
+        result[:, block] = F.pad(wide.flatten(0, 1), (0, _LANES - part.shape[0]))
+    return result
+
+
+def serves(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    out_channels: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    capability: str,
+) -> bool:
+    """Whether the convolution of x [N, C, H, W] with K = out_channels and 3x3 kernels runs in this form.
+
+    It can in float32 at stride 1; it pays from 16 channels on, where tiles are not mostly outside of the output, and with
+    vectors of 256 bits or more. BNFAST_WINOGRAD=0, or torch.backends.mkldnn.conv.fp32_precision = "ieee" where PyTorch has it,
+    turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
+    """
+    mode = os.environ.get("BNFAST_WINOGRAD", "")
+    if (
+        mode == "0"
+        or groups != 1
+        or x.dtype != torch.float32
+        or tuple(kernel) != (3, 3)
+        or any(s != 1 for s in (*stride, *dilation))
+        or any(p < 0 for p in padding)
+    ):
+        return False
+    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
+    if height < 1 or width < 1:
+        return False  # the stock convolution says what is wrong
+    conv = getattr(torch.backends.mkldnn, "conv", None)
+    if getattr(conv, "fp32_precision", None) == "ieee":
+        return False
+    if mode == "1":
+        return True
+    waste = 16 * math.ceil(height / 4) * math.ceil(width / 4) / (height * width)
+    return min(x.shape[1], out_channels) >= 16 and waste <= _MOST_WASTE and capability != "baseline"

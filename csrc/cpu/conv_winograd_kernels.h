@@ -1,0 +1,204 @@
+// conv_fwd and conv_dgrad of 3x3 convolutions of stride 1 in Winograd's form (conv_winograd.h), float32.
+// Per element of x: read 2.25 times from the cache (tiles overlap), once from memory; y is written once. The transformed tiles
+// never leave the cache. 2.25 multiplications per output and pair of channels, against 9 of the direct form.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "conv_winograd.h"
+#include "vec.h"
+
+namespace bnfast::BNFAST_NAMESPACE {
+
+// f(0), ..., f(N - 1) with constant arguments: arrays indexed by them live in registers.
+template <int N, class F>
+BNFAST_INLINE void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) BNFAST_INLINE_LAMBDA {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+using FloatBlock = Block<float>;
+
+BNFAST_INLINE FloatBlock fma(const FloatBlock& a, float b, const FloatBlock& c) {
+  return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(a.part[p], FloatVec{} + b, c.part[p]); });
+}
+
+// B^T d for six values.
+BNFAST_INLINE void transform_input(const FloatBlock (&d)[6], FloatBlock (&v)[6]) {
+  const FloatBlock even = fma(d[2], -4, d[4]), odd = fma(d[1], -4, d[3]);
+  const FloatBlock even2 = d[4] - d[2], odd2 = d[3] - d[1];
+  v[0] = fma(d[0], 4, fma(d[2], -5, d[4]));
+  v[1] = even + odd;
+  v[2] = even - odd;
+  v[3] = fma(odd2, 2, even2);
+  v[4] = fma(odd2, -2, even2);
+  v[5] = fma(d[1], 4, fma(d[3], -5, d[5]));
+}
+
+// A^T m for six values.
+BNFAST_INLINE void transform_output(const FloatBlock (&m)[6], FloatBlock (&y)[4]) {
+  const FloatBlock sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  y[0] = m[0] + sum1 + sum2;
+  y[1] = fma(difference2, 2, difference1);
+  y[2] = fma(sum2, 4, sum1);
+  y[3] = fma(difference2, 8, difference1) + m[5];
+}
+
+// The 36 values v, at steps of `matrix`, of 16 channels of a tile whose 36 places are at from[] + c.
+template <class L>
+BNFAST_INLINE void input_tile(const float* const (&from)[36], int64_t c, L lanes, float* v, int64_t matrix) {
+  FloatBlock columns[36];
+  unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[6], t[6];
+    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from[i * 6 + j] + c, lanes); });
+    transform_input(d, t);
+    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * 6 + j] = t[i]; });
+  });
+  unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[6], t[6];
+    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * 6 + j]; });
+    transform_input(d, t);
+    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { store_block(v + (i * 6 + j) * matrix, t[j]); });
+  });
+}
+
+// 16 channels of the 16 places to[] + k of a tile (null: outside of y), from the 36 products m at steps of `matrix`.
+template <class L>
+BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock& bias, float* const (&to)[16], int64_t k, L lanes) {
+  FloatBlock columns[24];
+  unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[6], t[4];
+    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load_block(m + (i * 6 + j) * matrix); });
+    transform_output(d, t);
+    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * 6 + j] = t[i]; });
+  });
+  unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[6], t[4];
+    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * 6 + j]; });
+    transform_output(d, t);
+    unrolled<4>([&](auto j) BNFAST_INLINE_LAMBDA {
+      if (to[i * 4 + j]) store(to[i * 4 + j] + k, t[j] + bias, lanes);
+    });
+  });
+}
+
+// m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights [channels, 16]; all sums stay in registers.
+template <int kTiles, int kBlocks>
+BNFAST_INLINE void multiply(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step) {
+  constexpr int kVectors = kBlocks * FloatBlock::kParts, kLanes = FloatBlock::kLanes;
+  constexpr int kPointers = (kTiles + 3) / 4;   // one for four tiles: the next three are reached by addressing alone
+  FloatVec sums[kTiles * kVectors] = {};
+  const float* from[kPointers];
+  unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { from[i] = v + i * 4 * v_step; });
+  const int64_t v_step3 = 3 * v_step;
+  for (int64_t c = 0; c < channels; ++c, weights += kBlock) {
+    // Hidden from the compiler, which would keep a pointer for every tile and spill them all.
+    unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { asm("" : "+r"(from[i])); });
+    FloatVec w[kVectors];
+    unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
+      constexpr int kPart = i % FloatBlock::kParts, kOf = i / FloatBlock::kParts;
+      std::memcpy(&w[i], weights + kOf * channels * kBlock + kPart * kLanes, sizeof(FloatVec));
+    });
+    unrolled<kTiles>([&](auto t) BNFAST_INLINE_LAMBDA {
+      const FloatVec value = broadcast(from[t / 4][t % 4 == 3 ? v_step3 : t % 4 * v_step]);
+      unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
+        sums[t * kVectors + i] = fma(value, w[i], sums[t * kVectors + i]);
+      });
+    });
+    unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { ++from[i]; });
+  }
+  unrolled<kTiles>([&](auto t) BNFAST_INLINE_LAMBDA {
+    unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
+      std::memcpy(m + t * m_step + i * kLanes, &sums[t * kVectors + i], sizeof(FloatVec));
+    });
+  });
+}
+
+// As many sums in registers as the instruction set has room for beside the weights.
+constexpr int kWideTiles = BNFAST_VECTOR_BYTES == 64 ? 12 : kWinogradRowGroup;
+constexpr int kWideBlocks = BNFAST_VECTOR_BYTES == 64 ? 2 : 1;
+constexpr int kNarrowTiles = BNFAST_VECTOR_BYTES >= 32 ? kWinogradRowGroup : 2;
+
+template <int kBlocks>
+void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step) {
+  int64_t t = 0;
+  for (; t + kWideTiles <= tiles; t += kWideTiles) {
+    multiply<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+  }
+  for (; t < tiles; t += kNarrowTiles) {
+    multiply<kNarrowTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+  }
+}
+
+inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
+  const int64_t in_columns = d.input_columns(), panel_columns = d.panel_columns();
+  const int64_t in_matrix = d.matrix(in_columns), panel_matrix = d.matrix(panel_columns);
+  float* const zeros = scratch;
+  float* const transformed = zeros + in_columns;
+  float* const products = transformed + kWinogradPoints * in_matrix;
+  std::fill(zeros, zeros + in_columns, 0.0f);
+  const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns;
+
+  for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
+    const int64_t count = std::min(d.tiles, last_tile - from_tile);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
+      const int64_t h = row % d.tile_rows * kWinogradTile - d.padding_height, w = column * kWinogradTile - d.padding_width;
+      const float* image = d.x + row / d.tile_rows * d.height * d.width * d.channels;
+      const float* from[36];
+      const bool whole = h >= 0 && w >= 0 && h + 6 <= d.height && w + 6 <= d.width;
+      for (int64_t i = 0; i < 6; ++i) {
+        for (int64_t j = 0; j < 6; ++j) {
+          const bool inside = whole || (h + i >= 0 && h + i < d.height && w + j >= 0 && w + j < d.width);
+          from[i * 6 + j] = inside ? image + ((h + i) * d.width + w + j) * d.channels : zeros;
+        }
+      }
+      float* to = transformed + t * in_columns;
+      int64_t c = 0;
+      for (; c + kBlock <= d.channels; c += kBlock) input_tile(from, c, Whole{}, to + c, in_matrix);
+      if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);
+    }
+    const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
+    for (int64_t block = first; block < last; block += d.panel) {
+      const int64_t width = std::min(d.panel, last - block);
+      for (int64_t point = 0; point < kWinogradPoints; ++point) {
+        const float* v = transformed + point * in_matrix;
+        const float* weights = d.weights + (point * blocks + block) * d.channels * kBlock;
+        float* m = products + point * panel_matrix;
+        int64_t b = 0;
+        for (; b + kWideBlocks <= width; b += kWideBlocks) {
+          multiply_rows<kWideBlocks>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns);
+        }
+        if (b < width) {
+          multiply_rows<1>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns);
+        }
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
+        const int64_t h = row % d.tile_rows * kWinogradTile, w = column * kWinogradTile;
+        float* image = d.y + row / d.tile_rows * d.out_height * d.out_width * d.out_channels;
+        float* to[16];
+        for (int64_t i = 0; i < 4; ++i) {
+          for (int64_t j = 0; j < 4; ++j) {
+            const bool inside = h + i < d.out_height && w + j < d.out_width;
+            to[i * 4 + j] = inside ? image + ((h + i) * d.out_width + w + j) * d.out_channels : nullptr;
+          }
+        }
+        for (int64_t b = 0; b < width; ++b) {
+          const int64_t k = (block + b) * kBlock;
+          const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
+          const float* m = products + t * panel_columns + b * kBlock;
+          if (k + kBlock <= d.out_channels) output_tile(m, panel_matrix, bias, to, k, Whole{});
+          else output_tile(m, panel_matrix, bias, to, k, First{d.out_channels - k});
+        }
+      }
+    }
+  }
+}
+
+constexpr WinogradKernels winograd_kernels() { return {winograd_tile_rows}; }
+
+}  // namespace bnfast::BNFAST_NAMESPACE

@@ -1,0 +1,196 @@
+"""3x3 convolutions in Winograd's form: every shape against float64, the choice of the form, its weights and its errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_bit_equal, assert_close_as_winograd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bnfast
+from bnfast import native, winograd
+from bnfast.weights import cache_bytes
+
+pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
+
+ONES = [1, 1]
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+
+
+def channels_last(*size: int, mean: float = 0.0) -> torch.Tensor:
+    return (torch.randn(size) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def frozen(out_channels: int, channels: int) -> torch.Tensor:
+    return torch.randn(out_channels, channels, 3, 3) / math.sqrt(9 * channels)
+
+
+SIZES = dict(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 40),
+    out_channels=st.integers(1, 40),
+    height=st.integers(1, 14),
+    width=st.integers(1, 30),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    mean=st.sampled_from([0.0, 3.0, -100.0]),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(**SIZES)
+def test_both_directions_on_random_shapes(
+    everywhere, batch, channels, out_channels, height, width, padding, mean, has_bias, seed
+):
+    if height + 2 * padding[0] < 3 or width + 2 * padding[1] < 3:
+        return
+    torch.manual_seed(seed)
+    geometry = (ONES, list(padding), ONES, 1)
+    x, weight = (
+        channels_last(batch, channels, height, width, mean=mean),
+        frozen(out_channels, channels),
+    )
+    bias = torch.randn(out_channels) if has_bias else None
+    wide = x.double().requires_grad_()
+    oracle = F.conv2d(
+        wide, weight.double(), None if bias is None else bias.double(), padding=padding
+    )
+    stock_x = x.clone().requires_grad_()
+    stock = F.conv2d(stock_x, weight, bias, padding=padding)
+    y = native.conv_forward(x, weight, bias, *geometry)
+    if not x.is_contiguous():  # else it is an NCHW tensor as well, and stays one
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close_as_winograd(y, oracle.detach(), [stock.detach()], "y")
+
+    dz = channels_last(*oracle.shape)
+    (dx_oracle,) = torch.autograd.grad(oracle, wide, dz.double())
+    (dx_stock,) = torch.autograd.grad(stock, stock_x, dz)
+    dx = native.conv_dgrad(dz, weight, [height, width], *geometry)
+    assert_close_as_winograd(dx, dx_oracle, [dx_stock], "dx")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_count_does_not_change_a_bit(threads):
+    x, weight = channels_last(2, 96, 15, 9), frozen(160, 96)
+    before = torch.get_num_threads()
+    expected = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+    try:
+        torch.set_num_threads(threads)
+        assert_bit_equal(native.conv_forward(x, weight, None, ONES, ONES, ONES, 1), expected, "y")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_stays_with_the_outputs_that_it_reaches(everywhere):
+    x, weight = channels_last(2, 20, 12, 12), frozen(18, 20)
+    x[1, 3, 2, 2] = math.nan
+    y = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+    assert (
+        y[0].isfinite().all() and y[1, :, 4:].isfinite().all() and y[1, :, :, 4:].isfinite().all()
+    )
+    assert y[1, :, 1:4, 1:4].isnan().all()
+
+
+def serves(
+    x, out_channels=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
+):
+    return winograd.serves(x, kernel, out_channels, stride, padding, dilation, groups, "avx512")
+
+
+def test_the_choice(monkeypatch):
+    monkeypatch.delenv("BNFAST_WINOGRAD", raising=False)
+    x = torch.empty(2, 32, 8, 8)
+    assert serves(x)
+    assert not serves(x.double()) and not serves(x.bfloat16())
+    assert (
+        not serves(x, kernel=(1, 3))
+        and not serves(x, stride=(2, 2))
+        and not serves(x, dilation=(1, 2))
+    )
+    assert not serves(x, groups=2) and not serves(x, out_channels=8) and not serves(x[:, :3])
+    assert not serves(x[..., :2, :2]), "most of the tile would lie outside"
+    assert not winograd.serves(x, (3, 3), 32, ONES, ONES, ONES, 1, "baseline")
+    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    assert serves(x, out_channels=8) and not serves(x.double())
+    monkeypatch.setenv("BNFAST_WINOGRAD", "0")
+    assert not serves(x)
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision"),
+    reason="this PyTorch has no precision setting for convolutions",
+)
+def test_ieee_precision_turns_it_off(monkeypatch):
+    monkeypatch.delenv("BNFAST_WINOGRAD", raising=False)
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        assert not serves(torch.empty(2, 32, 8, 8))
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+
+
+def test_transformed_weights_follow_the_weight(everywhere):
+    x, weight = channels_last(1, 16, 8, 8), frozen(16, 16)
+
+    def run():
+        return native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+
+    bnfast.clear_cache()
+    first = run()
+    assert cache_bytes() == 36 * 16 * 16 * 4
+    for change in (
+        lambda: weight.mul_(2),
+        lambda: weight.data.mul_(2),
+        lambda: weight.numpy().__imul__(2),
+    ):
+        before = run()
+        change()
+        torch.testing.assert_close(run(), 2 * before)
+    assert not torch.equal(run(), first)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 8)), "x is"),
+        (dict(x=torch.zeros(2, 4, 8, 8, dtype=torch.float64)), "float32"),
+        (dict(x=torch.zeros(2, 5, 8, 8)), "weights are"),
+        (dict(x=torch.zeros(2, 4, 1, 8), padding=[0, 0]), "does not fit"),
+        (dict(padding=[1]), "padding is"),
+        (dict(bias=torch.zeros(5)), "bias is"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = dict(x=torch.zeros(2, 4, 8, 8), bias=None, padding=[1, 1]) | change
+    weights = winograd.transformed_weight(torch.randn(3, 4, 3, 3))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bnfast.winograd_conv(
+            arguments["x"], weights, arguments["bias"], 3, arguments["padding"]
+        )
+
+
+def test_empty_batch(everywhere):
+    y = native.conv_forward(
+        torch.empty(0, 16, 8, 8).contiguous(memory_format=torch.channels_last),
+        frozen(16, 16),
+        None,
+        ONES,
+        ONES,
+        ONES,
+        1,
+    )
+    assert y.shape == (0, 16, 8, 8)
