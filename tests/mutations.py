@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
 VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
+WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 COPIED = (
     "setup.py",
@@ -30,7 +31,12 @@ COPIED = (
     "tests",
     "triton_kernels",
 )
-TESTS = ("tests/test_reference.py", "tests/test_backends.py", "tests/test_squeeze.py")
+TESTS = (
+    "tests/test_reference.py",
+    "tests/test_backends.py",
+    "tests/test_squeeze.py",
+    "tests/test_winograd.py",
+)
 
 
 @dataclass(frozen=True)
@@ -405,6 +411,48 @@ MUTATIONS = [
         "size - ((out - 1) * s - 2 * p + (k - 1) + 1)",
     ),
     Mutation(
+        "conv_fwd_reduce",
+        "winograd: a sign in the transform of the input",
+        WINOGRAD,
+        "v[4] = fma(odd2, -2, even2);",
+        "v[4] = fma(odd2, 2, even2);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: a factor in the transform of the output",
+        WINOGRAD,
+        "y[3] = fma(difference2, 8, difference1) + m[5];",
+        "y[3] = fma(difference2, 4, difference1) + m[5];",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: the last channels of the input forgotten",
+        WINOGRAD,
+        "if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);",
+        "",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: tiles at the right edge read the next row",
+        WINOGRAD,
+        "h + i < d.height && w + j >= 0 && w + j < d.width",
+        "h + i < d.height && w + j >= 0",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: bias forgotten",
+        WINOGRAD,
+        "d.bias ? load_block(d.bias + k) : FloatBlock(0)",
+        "FloatBlock(0)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "winograd: kernel not rotated",
+        NATIVE,
+        "winograd.transformed_weight(rotated(w))",
+        "winograd.transformed_weight(w.transpose(0, 1))",
+    ),
+    Mutation(
         "conv_dgrad",
         "kernel not rotated",
         NATIVE,
@@ -461,12 +509,19 @@ def copy_tree(to: Path) -> None:
             shutil.copytree(source, to / name, ignore=unwanted)
         elif source.exists():
             shutil.copy2(source, to / name)
-    setup = to / "setup.py"  # a mutant is as wrong at -O1, and builds in half the time
+    # A mutant is as wrong at -O1 and in the baseline alone, and builds in a fifth of the time.
+    setup = to / "setup.py"
     setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
+    cpu = to / "csrc" / "cpu"
+    for name in ("capability_avx2.cpp", "capability_avx512.cpp"):
+        (cpu / name).unlink()
+    choice = cpu / "capability.cpp"
+    choice.write_text(choice.read_text().replace("defined(__x86_64__)", "0"))
 
 
 def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    env["BNFAST_WINOGRAD"] = "1"  # which the baseline uses only when told to
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
