@@ -104,6 +104,12 @@ def test_bn_fwd_reduce(backend, case):
     check_fwd_reduce(backend, case, cpu_inputs)
 
 
+def test_bn_fwd_reduce_of_planes_in_pieces(backend):
+    """Planes of which one is more than a thread takes at once, in pieces that are not equally long."""
+    case = Case((2, 3, 270, 271), torch.float32, "contiguous", "off_centre", "identity", False)
+    check_fwd_reduce(backend, case, make_inputs(case))
+
+
 def check_fwd_reduce(backend, case: Case, cpu_inputs: Inputs) -> None:
     t, o = on(backend, cpu_inputs.map(clone_strided)), cpu_inputs.double()
     args = (case.momentum, case.eps)
