@@ -197,6 +197,12 @@ def _fake_bn_bwd_apply(
     return dz, torch.empty_like(dz) if want_dresidual else z.new_empty(0)
 
 
+def _fake_bn_bwd_apply_(
+    dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope, want_dresidual
+):
+    return torch.empty_like(_fake_dense(z)) if want_dresidual else z.new_empty(0)
+
+
 def _fake_conv_forward(x, weight, bias, stride, padding, dilation, groups):
     return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
 
@@ -275,6 +281,7 @@ if unavailable is None:
         ("bn_fwd_apply", _fake_bn_fwd_apply),
         ("bn_bwd_reduce", _fake_bn_bwd_reduce),
         ("bn_bwd_apply", _fake_bn_bwd_apply),
+        ("bn_bwd_apply_", _fake_bn_bwd_apply_),
         ("se_bwd_reduce", _fake_se_bwd_reduce),
     ):
         torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
@@ -287,6 +294,7 @@ if unavailable is None:
     bn_fwd_apply = torch.ops.bnfast.bn_fwd_apply.default
     bn_bwd_reduce = torch.ops.bnfast.bn_bwd_reduce.default
     bn_bwd_apply = torch.ops.bnfast.bn_bwd_apply.default
+    bn_bwd_apply_ = torch.ops.bnfast.bn_bwd_apply_.default
     se_bwd_reduce = torch.ops.bnfast.se_bwd_reduce.default
 
 

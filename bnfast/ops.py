@@ -243,6 +243,7 @@ class _Chain(torch.autograd.Function):
         needs_x, *needs = ctx.needs_input_grad[3:]
         grads = [None] * len(needs)
         squeezes = iter(range(len(saved) - 5, -1, -5))
+        ours = False  # dy was made here and nobody else holds it: dz may be written over it
         for i in reversed(range(len(ctx.specs))):
             stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope, squeeze = (
                 ctx.specs[i]
@@ -263,10 +264,15 @@ class _Chain(torch.autograd.Function):
                     grads[first + _BETA] = dbeta.to(beta.dtype)
                 if act == "identity" and needs_residual:
                     grads[first + _RESIDUAL] = dy
-                    needs_residual = False
+                    needs_residual = ours = False
                 if needs_input or needs_residual:
                     sums = (dgamma, dbeta) if batch_stats and needs_input else (None, None)
-                    dy, dresidual = phases.bn_bwd_apply(*state, *sums, act, slope, needs_residual)
+                    if ours and dy.stride() == z.stride():
+                        dresidual = phases.bn_bwd_apply_(*state, *sums, act, slope, needs_residual)
+                    else:
+                        dy, dresidual = phases.bn_bwd_apply(
+                            *state, *sums, act, slope, needs_residual
+                        )
                     if needs_residual:
                         grads[first + _RESIDUAL] = dresidual
             if not needs_input:
@@ -278,6 +284,8 @@ class _Chain(torch.autograd.Function):
             if squeeze is not None:
                 at = next(squeezes)
                 dy = _squeeze_backward(phases, dy, saved[at : at + 5], squeeze, ctx.specs, saved, i)
+            # Captured graphs stay functional.
+            ours = not torch.compiler.is_compiling()
         return None, None, None, dy if needs_x else None, *grads
 
 

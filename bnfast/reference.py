@@ -204,6 +204,13 @@ def bn_bwd_apply(
     return dz, db.to(z.dtype) if want_dresidual else z.new_empty(0)
 
 
+def bn_bwd_apply_(dy: Tensor, *args) -> Tensor:
+    """As bn_bwd_apply, with dz written over dy; returns dresidual. dy may share no memory with z or the residual."""
+    dz, dresidual = bn_bwd_apply(dy.clone(), *args)
+    dy.copy_(dz)
+    return dresidual
+
+
 def conv_dgrad(
     dz: Tensor,
     weight: Tensor,

@@ -21,6 +21,9 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) "
       "-> (Tensor dz, Tensor dresidual)");
   m.def(
+      "bn_bwd_apply_(Tensor(a!) dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+      "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) -> Tensor dresidual");
+  m.def(
       "se_bwd_reduce(Tensor dy, Tensor z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope) "
       "-> Tensor");
   m.def(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import (
     BIG,
+    DTYPES,
     FULL,
     LAYOUTS,
     Case,
@@ -404,6 +405,33 @@ def test_arguments_are_never_written(backend, act, layout):
         (mean, rstd, *sums, bits, y), (*vectors, *sums_before, bits_before, y_before), strict=True
     ):
         assert_bit_equal(now, then, "saved tensors")
+
+
+@pytest.mark.parametrize("gradient_layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+def test_dz_over_dy(backend, act, gradient_layout):
+    """bn_bwd_apply_ gives the bits of bn_bwd_apply, whatever the layout of the gradient that it overwrites."""
+    for shape, dtype in itertools.product(((3, 18, 5, 7), (2, 2, 190, 191)), DTYPES):
+        case = Case(shape, dtype, "channels_last", act=act, gradient_layout=gradient_layout)
+        t, m = on(backend, make_inputs(case)), backend.module
+        mean, _, rstd = m.bn_fwd_reduce(t.z, None, None, None, 0.1, case.eps)
+        rest = (t.z, mean, rstd, t.gamma, t.beta, None, None)
+        sums = m.bn_bwd_reduce(t.dy, *rest, act, 0.01)
+        expected = m.bn_bwd_apply(t.dy.clone(), *rest, *sums, act, 0.01, True)
+        dresidual = m.bn_bwd_apply_(t.dy, *rest, *sums, act, 0.01, True)
+        for actual, value, name in ((t.dy, expected[0], "dz"), (dresidual, expected[1], "dr")):
+            assert_bit_equal(actual, value, f"{name}, {shape}, {dtype}")
+
+
+def test_dz_over_dy_refuses_shared_memory(backend):
+    if backend.name == "reference":
+        pytest.skip("the reference computes before it writes")
+    z, one = torch.randn(2, 4, 3, 3), torch.ones(4)
+    rest = (one, one, None, None, None, None, None, None, "relu", 0.0, False)
+    for dy in (z, z.flatten()[1:37].view(1, 4, 3, 3), torch.randn(1, 4, 1, 1).expand(2, 4, 3, 3)):
+        other = z[: dy.shape[0]]
+        with pytest.raises(RuntimeError, match="memory"):
+            backend.module.bn_bwd_apply_(dy, other, *rest)
 
 
 def test_outputs_do_not_share_memory(backend):

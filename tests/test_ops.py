@@ -276,7 +276,7 @@ def operator_inputs(name: str):
             if z.dim() == 4:
                 yield (dy, z, mean, rstd, gamma, beta, act, 0.01)
                 yield (dy, z, None, None, None, None, "identity", 0.0)
-        elif name == "bn_bwd_apply":
+        elif name in ("bn_bwd_apply", "bn_bwd_apply_"):
             yield (dy, z, mean, rstd, gamma, beta, hidden, bits, dgamma, dbeta, act, 0.01, True)
             yield (dy, z, mean, rstd, None, None, None, None, None, None, act, 0.01, False)
         else:
@@ -426,6 +426,35 @@ def test_chain_of_mixed_statistics(backend):
     frozen = units[3]
     units[3] = frozen._replace(gamma=frozen.gamma.detach(), beta=frozen.beta.detach())
     assert_matches_plain(x, units, backend.name)
+
+
+def test_gradient_of_a_residual_inside_a_chain_stays_as_it_was(backend):
+    """dz is written over gradients that the chain made, except one that is handed out as a residual's gradient."""
+    generator = torch.Generator().manual_seed(11)
+    x, residual, dy = (
+        torch.randn(3, 8, 6, 5, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
+    weights = torch.randn(2, 8, 8, 3, 3, generator=generator, dtype=torch.float64)
+    gammas = torch.rand(2, 8, generator=generator, dtype=torch.float64) + 0.5
+
+    def run(chain):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *gammas)]
+        units = [
+            ops.Unit(w, None, (1, 1), (1, 1), (1, 1), gamma=g, residual=r)
+            for w, g, r in zip(weights, leaves[2:], (leaves[1], None), strict=True)
+        ]
+        return torch.autograd.grad(chain(leaves[0], units), leaves, dy)
+
+    def plain(value, units):
+        for u in units:
+            z = F.conv2d(value, u.weight, padding=1)
+            value = F.batch_norm(z, None, None, u.gamma, None, True)
+            value = value if u.residual is None else value + u.residual
+        return value
+
+    ours = run(lambda value, units: ops.frozen_conv_bn_act(value, units, backend.name))
+    for actual, expected in zip(ours, run(plain), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_chain_whose_residual_is_its_own_input(backend):

@@ -3,6 +3,7 @@
 // Units of work and the order in which their results are merged depend on the shape alone, so the bits do not depend on the
 // number of threads.
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -486,23 +487,46 @@ std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, cons
   return {dgamma, dbeta};
 }
 
+// dz into `dz`, which may be dy's own memory: an element of dy is read before that of dz is written. Returns dresidual.
+Tensor write_dz(Backward& b, Tensor& dz, bool want_dresidual) {
+  Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options());
+  if (b.layout.numel() == 0) return dresidual;
+  b.tensors.out = dz.mutable_data_ptr();
+  b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  const BnKernels& kernels = kernels_for(b.z);
+  apply_all(b.layout, b.tensors, kernels.bwd_apply_rows, kernels.bwd_apply_planes);
+  return dresidual;
+}
+
+void check_both(const OptionalTensor& dgamma, const OptionalTensor& dbeta) {
+  TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
+              "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
+}
+
 std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
                                         OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                         OptionalTensor bits, OptionalTensor dgamma, OptionalTensor dbeta,
                                         c10::string_view act, double slope, bool want_dresidual) {
   const PoolScope pooled;
-  TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
-              "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
+  check_both(dgamma, dbeta);
   Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope);
-  const Layout& l = b.layout;
   Tensor dz = at::empty_like(b.z);
-  Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, z.options());
-  if (l.numel() == 0) return {dz, dresidual};
-  b.tensors.out = dz.mutable_data_ptr();
-  b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  const BnKernels& kernels = kernels_for(b.z);
-  apply_all(l, b.tensors, kernels.bwd_apply_rows, kernels.bwd_apply_planes);
+  Tensor dresidual = write_dz(b, dz, want_dresidual);
   return {dz, dresidual};
+}
+
+Tensor bn_bwd_apply_(Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
+                     OptionalTensor beta, OptionalTensor residual, OptionalTensor bits, OptionalTensor dgamma,
+                     OptionalTensor dbeta, c10::string_view act, double slope, bool want_dresidual) {
+  const PoolScope pooled;
+  check_both(dgamma, dbeta);
+  at::assert_no_internal_overlap(dy);
+  at::assert_no_overlap(dy, z);
+  if (residual) at::assert_no_overlap(dy, *residual);
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope);
+  Tensor dresidual = write_dz(b, b.dy, want_dresidual);
+  if (!b.dy.is_same(dy)) dy.copy_(b.dy);   // dy came in another layout
+  return dresidual;
 }
 
 Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mean, OptionalTensor rstd, OptionalTensor gamma,
@@ -551,6 +575,7 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("bn_fwd_apply", &bn_fwd_apply);
   m.impl("bn_bwd_reduce", &bn_bwd_reduce);
   m.impl("bn_bwd_apply", &bn_bwd_apply);
+  m.impl("bn_bwd_apply_", &bn_bwd_apply_);
   m.impl("se_bwd_reduce", &se_bwd_reduce);
 }
 
