@@ -68,6 +68,7 @@ STEPS = {
 MEMORY = ("resnet56", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vgg16_bn")
 PHASE_NETWORKS = ("resnet50",)
 PHASE_BATCH = 16
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
 def network(name: str) -> Network:
@@ -179,7 +180,8 @@ def units(name: str, size: int | None = None) -> tuple[Unit, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """BN (+ add) (+ act), forward and backward, on [batch, channels, height, width], found `count` times in `network`."""
+    """BN (+ add) (+ act), forward and backward, on [batch, channels, height, width], found `count` times in `network`;
+    `layout` is that of bnfast's tensors, peers have their own."""
 
     network: str
     dtype: str
@@ -190,26 +192,31 @@ class Phase:
     act: str
     residual: bool
     count: int
+    layout: str = "channels_last"  # or "NCHW"
 
     @property
     def kind(self) -> str:
-        return Unit(None, self.channels, self.height, self.width, self.act, self.residual).kind
+        kind = Unit(None, self.channels, self.height, self.width, self.act, self.residual).kind
+        return kind if self.layout == "channels_last" else f"{kind}, {self.layout}"
 
     @property
     def id(self) -> str:
-        return f"{self.network}-{self.dtype}-{self.kind}-C{self.channels}-H{self.height}"
+        kind = self.kind.replace(", ", "-")
+        return f"{self.network}-{self.dtype}-{kind}-C{self.channels}-H{self.height}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.channels, self.height, self.width
 
 
-def phases(name: str, dtype: str = "f32", batch: int = PHASE_BATCH) -> list[Phase]:
+def phases(
+    name: str, dtype: str = "f32", batch: int = PHASE_BATCH, layout: str = "channels_last"
+) -> list[Phase]:
     """The distinct BatchNorm shapes of network `name`, largest first, with how often each occurs."""
     counts = collections.Counter(
         (u.channels, u.height, u.width, u.act, u.residual) for u in units(name)
     )
-    rows = [Phase(name, dtype, batch, *key, count) for key, count in counts.items()]
+    rows = [Phase(name, dtype, batch, *key, count, layout) for key, count in counts.items()]
     return sorted(rows, key=lambda row: (-row.channels * row.height * row.width, row.id))
 
 
@@ -280,4 +287,10 @@ def phase_cases() -> list[Phase]:
         rows = phases("resnet50")  # the one with most elements over all its occurrences
         return [max(rows, key=lambda row: row.count * row.channels * row.height * row.width)]
     names, dtypes = (tuple(NETWORKS), tuple(DTYPES)) if full() else (PHASE_NETWORKS, ("f32",))
-    return [row for name in names for dtype in dtypes for row in phases(name, dtype)]
+    return [
+        row
+        for name in names
+        for dtype in dtypes
+        for layout in LAYOUTS
+        for row in phases(name, dtype, layout=layout)
+    ]

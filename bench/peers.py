@@ -237,5 +237,7 @@ def phase_steps(
             )
     if compiled:
         sides[COMPILED].call = torch.compile(sides[COMPILED].module, dynamic=False, fullgraph=True)
-    sides[OURS] = PhaseStep(make(case.channels, case.act).to(device), data, torch.channels_last)
+    sides[OURS] = PhaseStep(
+        make(case.channels, case.act).to(device), data, cases.LAYOUTS[case.layout]
+    )
     return sides

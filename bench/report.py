@@ -133,9 +133,10 @@ def phase_sums(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str,
     ALL_ACTIVATIONS adds up every kind but the bare BN and BN + add. Minimum of the rounds per shape."""
     sums: dict[tuple[str, str, str, str], dict[str, object]] = {}
     for row in _of(rows, "phase"):
+        what, *layout = row["kind"].split(", ")
         kinds = [row["kind"]]
-        if row["kind"] not in ("identity", "add"):
-            kinds.append(ALL_ACTIVATIONS)
+        if what not in ("identity", "add"):
+            kinds.append(", ".join([ALL_ACTIVATIONS, *layout]))
         for kind in kinds:
             key = (environment_line(row["environment"]), row["network"], row["dtype"], kind)
             entry = sums.setdefault(
@@ -147,7 +148,8 @@ def phase_sums(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str,
                 entry["seconds"][name] += row["count"] * side["min"]
     return dict(
         sorted(
-            sums.items(), key=lambda item: (*item[0][:3], item[0][3] != ALL_ACTIVATIONS, item[0][3])
+            sums.items(),
+            key=lambda item: (*item[0][:3], not item[0][3].startswith(ALL_ACTIVATIONS), item[0][3]),
         )
     )
 
@@ -187,7 +189,8 @@ def phase_sums_table(rows: Sequence[Row], runs: Mapping[str, str]) -> Table | No
     ]
     note = (
         "Forward + backward of BN (+ add) (+ activation) without the convolution, summed over the network's layers: "
-        "milliseconds (ratio to bnfast), each shape's minimum times its multiplicity."
+        "milliseconds (ratio to bnfast), each shape's minimum times its multiplicity. bnfast runs in channels_last, in rows "
+        "with NCHW in that; the peers are the same in both."
     )
     return Table("BatchNorm phases by network", note, headers, body, 5) if body else None
 

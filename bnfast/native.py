@@ -1,6 +1,6 @@
 """The compiled backend: the phases as registered operators, with fake kernels so that torch.compile sees through them.
 
-The four BatchNorm phases and `se_bwd_reduce` are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` hand the convolution itself to PyTorch, with
+The four BatchNorm phases, two at a time or alone, and `se_bwd_reduce` are C++ (csrc/). `conv_fwd_reduce` and `conv_dgrad` hand the convolution itself to PyTorch, with
 the frozen weight in the form that is fastest, kept by `weights`. Signatures and meanings: `reference`.
 """
 
@@ -67,6 +67,12 @@ def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
 def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     z = _conv_forward(x, weight, bias, stride, padding, dilation, groups)
     return z, *bn_fwd_reduce(z, *stats)
+
+
+def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *rest):
+    """The convolution, and the phases behind it in one call: a plane is normalised while it is in the cache."""
+    z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    return z, *bn_fwd_reduce_apply(z, *rest)
 
 
 @_pooled
@@ -186,6 +192,14 @@ def _bit_words(z: Tensor) -> int:
     return z.shape[0] * z.shape[1] * ((plane + 15) // 16)
 
 
+def _fake_bn_fwd_reduce_apply(
+    z, mean, var, tracked, momentum, eps, gamma, beta, residual, act, slope, want_bits
+):
+    mean, _, rstd = _fake_bn_fwd_reduce(z)
+    rest = (gamma, beta, residual, act, slope, want_bits)
+    return mean, rstd, *_fake_bn_fwd_apply(z, mean, rstd, *rest)
+
+
 def _fake_bn_bwd_reduce(dy, z, mean, rstd, gamma, beta, residual, bits, act, slope):
     return torch.empty_like(mean), torch.empty_like(mean)
 
@@ -201,6 +215,22 @@ def _fake_bn_bwd_apply_(
     dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope, want_dresidual
 ):
     return torch.empty_like(_fake_dense(z)) if want_dresidual else z.new_empty(0)
+
+
+def _fake_bn_bwd_reduce_apply(
+    dy, z, mean, rstd, gamma, beta, residual, bits, act, slope, want_dresidual
+):
+    dgamma, dbeta, dresidual = _fake_bn_bwd_reduce_apply_(
+        dy, z, mean, rstd, gamma, beta, residual, bits, act, slope, want_dresidual
+    )
+    return dgamma, dbeta, torch.empty_like(_fake_dense(z)), dresidual
+
+
+def _fake_bn_bwd_reduce_apply_(
+    dy, z, mean, rstd, gamma, beta, residual, bits, act, slope, want_dresidual
+):
+    dresidual = torch.empty_like(_fake_dense(z)) if want_dresidual else z.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
 def _fake_conv_forward(x, weight, bias, stride, padding, dilation, groups):
@@ -279,9 +309,12 @@ if unavailable is None:
         ("winograd_conv", _fake_winograd_conv),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),
         ("bn_fwd_apply", _fake_bn_fwd_apply),
+        ("bn_fwd_reduce_apply", _fake_bn_fwd_reduce_apply),
         ("bn_bwd_reduce", _fake_bn_bwd_reduce),
         ("bn_bwd_apply", _fake_bn_bwd_apply),
         ("bn_bwd_apply_", _fake_bn_bwd_apply_),
+        ("bn_bwd_reduce_apply", _fake_bn_bwd_reduce_apply),
+        ("bn_bwd_reduce_apply_", _fake_bn_bwd_reduce_apply_),
         ("se_bwd_reduce", _fake_se_bwd_reduce),
     ):
         torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
@@ -292,9 +325,12 @@ if unavailable is None:
     conv_dgrad = _direct_in_eager(torch.ops.bnfast.conv_dgrad.default, _conv_dgrad)
     bn_fwd_reduce = torch.ops.bnfast.bn_fwd_reduce.default
     bn_fwd_apply = torch.ops.bnfast.bn_fwd_apply.default
+    bn_fwd_reduce_apply = torch.ops.bnfast.bn_fwd_reduce_apply.default
     bn_bwd_reduce = torch.ops.bnfast.bn_bwd_reduce.default
     bn_bwd_apply = torch.ops.bnfast.bn_bwd_apply.default
     bn_bwd_apply_ = torch.ops.bnfast.bn_bwd_apply_.default
+    bn_bwd_reduce_apply = torch.ops.bnfast.bn_bwd_reduce_apply.default
+    bn_bwd_reduce_apply_ = torch.ops.bnfast.bn_bwd_reduce_apply_.default
     se_bwd_reduce = torch.ops.bnfast.se_bwd_reduce.default
 
 

@@ -202,30 +202,31 @@ class _Chain(torch.autograd.Function):
                     gate,
                     None if can_recompute else given,
                 )
-            z, mean, rstd = x, None, None
-            if weight is not None and not (normalize and batch_stats):
-                z = phases.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+            mean = rstd = bits = None
+            want_bits = saves and residual is not None and act in BIT_ACTS
+            conv = (weight, bias, stride, padding, dilation, groups)
             if normalize and batch_stats:
                 stats = (running_mean, running_var, tracked, momentum, eps)
+                rest = (*stats, gamma, beta, residual, act, slope, want_bits)
                 if weight is None:
                     _check_count(x.shape)
-                    mean, _, rstd = phases.bn_fwd_reduce(x, *stats)
+                    z = x
+                    mean, rstd, x, bits = phases.bn_fwd_reduce_apply(z, *rest)
                 else:
-                    z, mean, _, rstd = _conv_fwd_reduce(
-                        phases, x, weight, bias, stride, padding, dilation, groups, stats
-                    )
-            elif normalize:
+                    sizes = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+                    _check_count([x.shape[0], weight.shape[0], *sizes])
+                    z, mean, rstd, x, bits = phases.conv_fwd_reduce_apply(x, *conv, *rest)
+            else:
+                z = x if weight is None else phases.conv_forward(x, *conv)
+                x = z
+            if normalize and not batch_stats:
                 # A copy: the buffers may change before the backward pass.
                 mean = running_mean.to(accumulator(z.dtype), copy=True)
                 rstd = rstd_of(running_var.to(mean.dtype), eps)
-            x = z
-            bits = None
-            if normalize:
-                want_bits = saves and residual is not None and act in BIT_ACTS
                 x, bits = phases.bn_fwd_apply(
                     z, mean, rstd, gamma, beta, residual, act, slope, want_bits
                 )
-                bits = bits if want_bits else None
+            bits = bits if want_bits else None
             hidden = residual if residual is not None and act in SMOOTH_ACTS else None
             kept = (z if normalize else None, mean, rstd, bits, hidden)
             can_recompute = normalize and residual is None
@@ -253,28 +254,38 @@ class _Chain(torch.autograd.Function):
             first = 8 * i
             if normalize:
                 state = (dy, z, mean, rstd, gamma, beta, hidden, bits)
-                needs_affine = needs[first + _GAMMA] or needs[first + _BETA]
                 needs_residual = needs[first + _RESIDUAL]
-                dgamma = dbeta = None
-                if needs_affine or (batch_stats and needs_input):
-                    dgamma, dbeta = phases.bn_bwd_reduce(*state, act, slope)
+                is_dresidual = act == "identity" and needs_residual
+                want = needs_residual and not is_dresidual
+                if is_dresidual:
+                    grads[first + _RESIDUAL] = dy
+                over_dy = ours and not is_dresidual and dy.stride() == z.stride()
+                dgamma = dbeta = dresidual = None
+                if batch_stats and needs_input:
+                    if over_dy:
+                        dgamma, dbeta, dresidual = phases.bn_bwd_reduce_apply_(
+                            *state, act, slope, want
+                        )
+                    else:
+                        dgamma, dbeta, dy, dresidual = phases.bn_bwd_reduce_apply(
+                            *state, act, slope, want
+                        )
+                else:
+                    if needs[first + _GAMMA] or needs[first + _BETA]:
+                        dgamma, dbeta = phases.bn_bwd_reduce(*state, act, slope)
+                    if needs_input or want:
+                        if over_dy:
+                            dresidual = phases.bn_bwd_apply_(*state, None, None, act, slope, want)
+                        else:
+                            dy, dresidual = phases.bn_bwd_apply(
+                                *state, None, None, act, slope, want
+                            )
                 if needs[first + _GAMMA]:
                     grads[first + _GAMMA] = dgamma.to(gamma.dtype)
                 if needs[first + _BETA]:
                     grads[first + _BETA] = dbeta.to(beta.dtype)
-                if act == "identity" and needs_residual:
-                    grads[first + _RESIDUAL] = dy
-                    needs_residual = ours = False
-                if needs_input or needs_residual:
-                    sums = (dgamma, dbeta) if batch_stats and needs_input else (None, None)
-                    if ours and dy.stride() == z.stride():
-                        dresidual = phases.bn_bwd_apply_(*state, *sums, act, slope, needs_residual)
-                    else:
-                        dy, dresidual = phases.bn_bwd_apply(
-                            *state, *sums, act, slope, needs_residual
-                        )
-                    if needs_residual:
-                        grads[first + _RESIDUAL] = dresidual
+                if want:
+                    grads[first + _RESIDUAL] = dresidual
             if not needs_input:
                 break
             if weight is not None:
@@ -299,12 +310,6 @@ def _squeeze_backward(phases, dy, kept, squeeze, specs, saved, i):
         before = (x, None, None, None, None, "identity", 0.0)
     dgate = phases.se_bwd_reduce(dy, *before)
     return phases.se_bwd_apply(dy, dgate, hidden, gate, reduce_weight, expand_weight, *squeeze)
-
-
-def _conv_fwd_reduce(phases, x, weight, bias, stride, padding, dilation, groups, stats):
-    sizes = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
-    _check_count([x.shape[0], weight.shape[0], *sizes])
-    return phases.conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats)
 
 
 def _check_count(shape: Sequence[int]) -> None:

@@ -29,6 +29,9 @@ rounded to the dtype of y, so that forward and backward agree about every elemen
 Shapes and dtypes, the same for all phases and backends: z, dy, residual [N, C, *] in f64, f32, bf16 or f16, any strides;
 mean, m2, rstd, dgamma, dbeta [C] float32 (float64 for float64); gamma, beta, running_mean, running_var [C] in any of these
 dtypes, or None; bits is a private uint8 tensor: whoever wrote it in `bn_fwd_apply` reads it in the backward phases.
+
+Two phases in one (`bn_fwd_reduce_apply`, `bn_bwd_reduce_apply`, `conv_fwd_reduce_apply`) are their composition, and nothing else;
+a name that ends in an underscore writes dz over dy.
 """
 
 from collections.abc import Sequence
@@ -66,6 +69,45 @@ def conv_fwd_reduce(
     """
     z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
     return z, *bn_fwd_reduce(z, running_mean, running_var, num_batches_tracked, momentum, eps)
+
+
+def conv_fwd_reduce_apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """conv_fwd_reduce and bn_fwd_apply: (z, mean, rstd, y, bits)."""
+    z, mean, _, rstd = conv_fwd_reduce(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+    )
+    y, bits = bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, want_bits)
+    return z, mean, rstd, y, bits
 
 
 def conv_forward(
@@ -155,6 +197,25 @@ def bn_fwd_apply(
     return y, _pack_bits(_act_passes(pre.to(z.dtype), act))
 
 
+def bn_fwd_reduce_apply(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_fwd_reduce and bn_fwd_apply: (mean, rstd, y, bits)."""
+    mean, _, rstd = bn_fwd_reduce(z, running_mean, running_var, num_batches_tracked, momentum, eps)
+    return mean, rstd, *bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, want_bits)
+
+
 def bn_bwd_reduce(
     dy: Tensor,
     z: Tensor,
@@ -209,6 +270,32 @@ def bn_bwd_apply_(dy: Tensor, *args) -> Tensor:
     dz, dresidual = bn_bwd_apply(dy.clone(), *args)
     dy.copy_(dz)
     return dresidual
+
+
+def bn_bwd_reduce_apply(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    act: str,
+    slope: float,
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_bwd_reduce and bn_bwd_apply with batch statistics: (dgamma, dbeta, dz, dresidual)."""
+    state = (dy, z, mean, rstd, gamma, beta, residual, bits)
+    dgamma, dbeta = bn_bwd_reduce(*state, act, slope)
+    return dgamma, dbeta, *bn_bwd_apply(*state, dgamma, dbeta, act, slope, want_dresidual)
+
+
+def bn_bwd_reduce_apply_(dy: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """As bn_bwd_reduce_apply, with dz written over dy; returns (dgamma, dbeta, dresidual)."""
+    dgamma, dbeta, dz, dresidual = bn_bwd_reduce_apply(dy.clone(), *args)
+    dy.copy_(dz)
+    return dgamma, dbeta, dresidual
 
 
 def conv_dgrad(

@@ -20,6 +20,7 @@ _G = (
     (0, 0, 1),
 )
 _LANES = 16
+_conv_precision = getattr(torch.backends.mkldnn, "conv", None)
 _MOST_WASTE = 2.0  # places that are computed over those that exist; the form is no gain beyond it
 
 
@@ -52,22 +53,20 @@ def serves(
     vectors of 256 bits or more. BNFAST_WINOGRAD=0, or torch.backends.mkldnn.conv.fp32_precision = "ieee" where PyTorch has it,
     turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
     """
-    mode = os.environ.get("BNFAST_WINOGRAD", "")
     if (
-        mode == "0"
-        or groups != 1
+        groups != 1
         or x.dtype != torch.float32
         or tuple(kernel) != (3, 3)
         or any(s != 1 for s in (*stride, *dilation))
         or any(p < 0 for p in padding)
     ):
         return False
+    mode = os.environ.get("BNFAST_WINOGRAD", "")
+    if mode == "0" or getattr(_conv_precision, "fp32_precision", None) == "ieee":
+        return False
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
     if height < 1 or width < 1:
         return False  # the stock convolution says what is wrong
-    conv = getattr(torch.backends.mkldnn, "conv", None)
-    if getattr(conv, "fp32_precision", None) == "ieee":
-        return False
     if mode == "1":
         return True
     waste = 16 * math.ceil(height / 4) * math.ceil(width / 4) / (height * width)

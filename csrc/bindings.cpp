@@ -14,6 +14,10 @@ TORCH_LIBRARY(bnfast, m) {
       "bn_fwd_apply(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
       "float slope, bool want_bits) -> (Tensor y, Tensor bits)");
   m.def(
+      "bn_fwd_reduce_apply(Tensor z, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps, Tensor? gamma, Tensor? beta, Tensor? residual, str act, float slope, bool want_bits) "
+      "-> (Tensor mean, Tensor rstd, Tensor y, Tensor bits)");
+  m.def(
       "bn_bwd_reduce(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
       "Tensor? bits, str act, float slope) -> (Tensor dgamma, Tensor dbeta)");
   m.def(
@@ -23,6 +27,12 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "bn_bwd_apply_(Tensor(a!) dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
       "Tensor? bits, Tensor? dgamma, Tensor? dbeta, str act, float slope, bool want_dresidual) -> Tensor dresidual");
+  m.def(
+      "bn_bwd_reduce_apply(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+      "Tensor? bits, str act, float slope, bool want_dresidual) -> (Tensor dgamma, Tensor dbeta, Tensor dz, Tensor dresidual)");
+  m.def(
+      "bn_bwd_reduce_apply_(Tensor(a!) dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+      "Tensor? bits, str act, float slope, bool want_dresidual) -> (Tensor dgamma, Tensor dbeta, Tensor dresidual)");
   m.def(
       "se_bwd_reduce(Tensor dy, Tensor z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope) "
       "-> Tensor");

@@ -163,8 +163,8 @@ MUTATIONS = [
         "bn_fwd_reduce",
         "momentum the wrong way round",
         OPERATORS,
-        "(1 - factor) * o[c] + factor * batch[c]",
-        "factor * o[c] + (1 - factor) * batch[c]",
+        "(1 - factor) * values[c] + factor * batch[c]",
+        "factor * values[c] + (1 - factor) * batch[c]",
     ),
     Mutation(
         "bn_fwd_reduce",
@@ -279,15 +279,15 @@ MUTATIONS = [
         "bn_bwd_reduce",
         "only the last unit counts",
         OPERATORS,
-        "sum_db_z[c] += db_z;",
-        "sum_db_z[c] = db_z;",
+        "db_z[c] += part_db_z;",
+        "db_z[c] = part_db_z;",
     ),
     Mutation(
         "bn_bwd_reduce",
         "dgamma not scaled by rstd",
         OPERATORS,
-        "dgamma_ptr[c] = sum_db_z[c] * r[c];",
-        "dgamma_ptr[c] = sum_db_z[c];",
+        "dgamma_ptr[c] = db_z[c] * static_cast<double>(rstd.values[c]);",
+        "dgamma_ptr[c] = db_z[c];",
     ),
     Mutation(
         "bn_bwd_reduce",
@@ -364,8 +364,8 @@ MUTATIONS = [
         "bn_bwd_apply",
         "dgamma's term without rstd",
         OPERATORS,
-        "return r.values[c] * dg.values[c] / count;",
-        "return dg.values[c] / count;",
+        "return rstd[c] * dgamma[c] / count;",
+        "return dgamma[c] / count;",
     ),
     Mutation(
         "bn_bwd_apply",
@@ -380,6 +380,28 @@ MUTATIONS = [
         OPERATORS,
         "std::min(l.plane, s + per_piece)});",
         "std::min(std::max<int64_t>(1, l.plane - 1), s + per_piece)});",
+    ),
+    # two phases in one, planes
+    Mutation(
+        "bn_fwd_reduce_apply",
+        "the last image of a block not written",
+        OPERATORS,
+        "for (int64_t n = l.batch; n-- > 0;) kernels.fwd_apply_planes(",
+        "for (int64_t n = l.batch - 1; n-- > 0;) kernels.fwd_apply_planes(",
+    ),
+    Mutation(
+        "bn_fwd_reduce_apply",
+        "gamma without rstd",
+        OPERATORS,
+        "scale[c] *= rstd[c];",
+        "",
+    ),
+    Mutation(
+        "bn_bwd_reduce_apply",
+        "the terms of the batch statistics swapped",
+        OPERATORS,
+        "shift_db[c] = shifts.db(c);",
+        "shift_db[c] = shifts.z(c);",
     ),
     # the convolution
     Mutation(

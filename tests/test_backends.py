@@ -410,7 +410,8 @@ def test_arguments_are_never_written(backend, act, layout):
 @pytest.mark.parametrize("gradient_layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("act", ["identity", "relu", "silu"])
 def test_dz_over_dy(backend, act, gradient_layout):
-    """bn_bwd_apply_ gives the bits of bn_bwd_apply, whatever the layout of the gradient that it overwrites."""
+    """bn_bwd_apply_ and bn_bwd_reduce_apply_ give the bits of bn_bwd_apply, whatever the layout of the gradient that they
+    overwrite."""
     for shape, dtype in itertools.product(((3, 18, 5, 7), (2, 2, 190, 191)), DTYPES):
         case = Case(shape, dtype, "channels_last", act=act, gradient_layout=gradient_layout)
         t, m = on(backend, make_inputs(case)), backend.module
@@ -418,9 +419,76 @@ def test_dz_over_dy(backend, act, gradient_layout):
         rest = (t.z, mean, rstd, t.gamma, t.beta, None, None)
         sums = m.bn_bwd_reduce(t.dy, *rest, act, 0.01)
         expected = m.bn_bwd_apply(t.dy.clone(), *rest, *sums, act, 0.01, True)
+        over = torch.empty_strided(t.dy.shape, t.dy.stride(), dtype=dtype, device=t.dy.device)
+        over.copy_(t.dy)
         dresidual = m.bn_bwd_apply_(t.dy, *rest, *sums, act, 0.01, True)
-        for actual, value, name in ((t.dy, expected[0], "dz"), (dresidual, expected[1], "dr")):
+        found = m.bn_bwd_reduce_apply_(over, *rest, act, 0.01, True)
+        for actual, value, name in (
+            (t.dy, expected[0], "dz"),
+            (dresidual, expected[1], "dr"),
+            (over, expected[0], "dz of both phases"),
+            (found[0], sums[0], "dgamma"),
+            (found[1], sums[1], "dbeta"),
+            (found[2], expected[1], "dr of both phases"),
+        ):
             assert_bit_equal(actual, value, f"{name}, {shape}, {dtype}")
+
+
+@every_case
+def test_two_phases_in_one_are_the_two_phases(backend, case):
+    """bn_fwd_reduce_apply and bn_bwd_reduce_apply give the bits of what they are made of, running statistics included."""
+    check_two_in_one(backend, case)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_two_phases_in_one_block_by_block(backend, act, threads):
+    """The same where planes go through in blocks of channels: several blocks, an unequal last one, planes in pieces."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((3, 67, 9, 7), (2, 7, 270, 271), (5, 130, 13, 13), (1, 6, 100, 70)):
+            for residual in (False, True):
+                check_two_in_one(
+                    backend,
+                    Case(shape, torch.float32, "contiguous", "off_centre", act, residual),
+                )
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_two_in_one(backend, case: Case) -> None:
+    inputs, m = make_inputs(case), backend.module
+    one, two = (on(backend, inputs.map(clone_strided)) for _ in range(2))
+    act, slope = case.act, 0.01
+    want_bits = one.residual is not None and act in reference.BIT_ACTS
+    rest = (act, slope, want_bits)
+
+    def buffers(t: Inputs):
+        return t.running_mean, t.running_var, t.num_batches_tracked
+
+    mean, _, rstd = m.bn_fwd_reduce(one.z, *buffers(one), case.momentum, case.eps)
+    y, bits = m.bn_fwd_apply(one.z, mean, rstd, one.gamma, one.beta, one.residual, *rest)
+    found = m.bn_fwd_reduce_apply(
+        two.z, *buffers(two), case.momentum, case.eps, two.gamma, two.beta, two.residual, *rest
+    )
+    names = ("mean", "rstd", "y", "running_mean", "running_var", "num_batches_tracked")
+    for name, actual, expected in zip(
+        names, (*found[:3], *buffers(two)), (mean, rstd, y, *buffers(one)), strict=True
+    ):
+        if expected is not None:
+            assert_bit_equal(actual, expected, name)
+    kept = (None, bits) if want_bits else (one.residual, None)
+    state = (one.z, mean, rstd, one.gamma, one.beta, *kept)
+    sums = m.bn_bwd_reduce(one.dy, *state, act, slope)
+    for want in (False, True):
+        expected = (*sums, *m.bn_bwd_apply(one.dy, *state, *sums, act, slope, want))
+        kept = (None, found[3]) if want_bits else (two.residual, None)
+        actual = m.bn_bwd_reduce_apply(
+            two.dy, two.z, *found[:2], two.gamma, two.beta, *kept, act, slope, want
+        )
+        for name, a, e in zip(("dgamma", "dbeta", "dz", "dr"), actual, expected, strict=True):
+            assert_bit_equal(a, e, name)
 
 
 def test_dz_over_dy_refuses_shared_memory(backend):
@@ -432,6 +500,8 @@ def test_dz_over_dy_refuses_shared_memory(backend):
         other = z[: dy.shape[0]]
         with pytest.raises(RuntimeError, match="memory"):
             backend.module.bn_bwd_apply_(dy, other, *rest)
+        with pytest.raises(RuntimeError, match="memory"):
+            backend.module.bn_bwd_reduce_apply_(dy, other, *rest[:6], "relu", 0.0, False)
 
 
 def test_outputs_do_not_share_memory(backend):

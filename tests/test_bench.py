@@ -197,6 +197,7 @@ def test_report_shows_wins_and_losses(tmp_path, capsys):
             left=0,
             saved_bytes={timing.OURS: 5_000_000, peers.EAGER: 10_000_000},
         ),
+        entry("phase", 0.002, **{**phase, "kind": "relu, NCHW"}),
         entry("phase", 0.020, **phase),
         entry("phase", 0.005, **{**phase, "shape": [4, 32, 16, 16], "count": 2}),
     ]
@@ -207,6 +208,7 @@ def test_report_shows_wins_and_losses(tmp_path, capsys):
     assert "Some CPU, 2 threads; torch 2.x; commit abc<def>" in text
     assert "2.00x, 2.40x" in text and "0.50x (slower)" in text
     assert "| 70.00 | 50.00 (0.71x) | 0.71x (slower) |" in text
+    assert "all with an activation, NCHW" in text and "| 6.00 | 30.00 (5.00x) | 5.00x |" in text
     assert "| 1.25 | 2.50 | 0.50x | 0.50x |" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 3 and "abc&lt;def&gt;" in page and "src=" not in page

@@ -111,8 +111,8 @@ def test_graph_holds_the_phases():
         w: {n.split(".")[1] for n in found if n.startswith("bnfast.")} for w, found in names.items()
     }
     assert phases == {
-        "forward": {"conv_fwd_reduce", "bn_fwd_apply"},
-        "backward": {"bn_bwd_reduce", "bn_bwd_apply", "conv_dgrad"},
+        "forward": {"conv_forward", "bn_fwd_reduce_apply"},
+        "backward": {"bn_bwd_reduce_apply", "conv_dgrad"},
     }
     assert not any(
         "batch_norm" in n or "convolution" in n for found in names.values() for n in found

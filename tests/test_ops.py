@@ -270,8 +270,15 @@ def operator_inputs(name: str):
         if name == "bn_fwd_apply":
             yield (z, mean, rstd, gamma, beta, residual, act, 0.01, bits is not None)
             yield (z, mean, rstd, None, None, None, act, 0.01, False)
+        elif name == "bn_fwd_reduce_apply":
+            tail = (momentum, 1e-5, gamma, beta, residual, act, 0.01, bits is not None)
+            yield (z, *statistics(c, dtype), *tail)
+            yield (z, None, None, None, 0.1, 1e-5, None, None, None, act, 0.01, False)
         elif name == "bn_bwd_reduce":
             yield (dy, z, mean, rstd, gamma, beta, hidden, bits, act, 0.01)
+        elif name in ("bn_bwd_reduce_apply", "bn_bwd_reduce_apply_"):
+            yield (dy, z, mean, rstd, gamma, beta, hidden, bits, act, 0.01, True)
+            yield (dy, z, mean, rstd, None, None, None, None, act, 0.01, False)
         elif name == "se_bwd_reduce":
             if z.dim() == 4:
                 yield (dy, z, mean, rstd, gamma, beta, act, 0.01)
@@ -319,8 +326,9 @@ def test_operators_are_the_phases():
         "bn_bwd_apply",
         "conv_dgrad",
     } <= phases
-    in_torch = {"se_fwd", "se_bwd_apply"}  # a few small PyTorch operations
-    assert phases - {"accumulator"} - in_torch <= set(registered_operators())
+    # A few small PyTorch operations, and two operators one after the other.
+    no_operators = {"se_fwd", "se_bwd_apply", "conv_fwd_reduce_apply"}
+    assert phases - {"accumulator"} - no_operators <= set(registered_operators())
 
 
 @needs_native

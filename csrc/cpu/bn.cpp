@@ -31,6 +31,7 @@ constexpr int64_t kApplyUnit = 32768;    // elements of one unit of an elementwi
 constexpr int64_t kRowLength = 64;       // rows are made at least this long, for loops that are worth starting
 constexpr int64_t kSmallPlane = 32;      // planes smaller than this are treated as rows ...
 constexpr int64_t kLongestRow = 32768;   // ... of at most this length
+constexpr int64_t kHot = 131072;         // elements that a reduction leaves in the cache for the elementwise phase behind it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -109,6 +110,8 @@ void check_z(const Tensor& z) {
   TORCH_CHECK(z.dim() >= 2, "bnfast: z is of shape ", z.sizes(), "; it must be [N, C, ...]");
 }
 
+struct Channels { int64_t begin, end; };
+
 // A channel vector in the accumulator type A; `values` is null where the vector is absent.
 template <class A>
 struct ChannelVector {
@@ -133,6 +136,22 @@ const A* lay_out(const Layout& l, A* to, F value) {
   return to;
 }
 
+// The parameters of bn_bwd_apply that depend on bn_bwd_reduce.
+template <class A>
+struct Shifts {
+  const A *dgamma, *dbeta, *rstd;
+  A count;
+  A db(int64_t c) const { return dbeta[c] / count; }
+  A z(int64_t c) const { return rstd[c] * dgamma[c] / count; }
+};
+
+template <class A>
+void set_shifts(BnTensors& t, Tensor& buffer, const Layout& l, const Shifts<A>& shifts) {
+  A* to = buffer.mutable_data_ptr<A>() + 3 * l.parameters();
+  t.shift_db = lay_out(l, to, [&](int64_t c) { return shifts.db(c); });
+  t.shift_z = lay_out(l, to + l.parameters(), [&](int64_t c) { return shifts.z(c); });
+}
+
 // Kernel arguments shared by the phases that know the statistics (mean 0 and rstd 1 where absent), with dgamma and dbeta where the backward uses batch
 // statistics. `buffer` owns the parameters that the pointers point to.
 template <class A>
@@ -143,16 +162,12 @@ void set_parameters(BnTensors& t, Tensor& buffer, const Layout& l, const Optiona
   buffer = at::empty({5, l.parameters()}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
   A* to = buffer.mutable_data_ptr<A>();
   const int64_t step = l.parameters();
-  const A count = static_cast<A>(l.count());
   t.mean = lay_out(l, to, [&](int64_t c) { return m.values ? m.values[c] : A(0); });
   t.scale = lay_out(l, to + step, [&](int64_t c) {
     return (g.values ? g.values[c] : A(1)) * (r.values ? r.values[c] : A(1));
   });
   t.beta = lay_out(l, to + 2 * step, [&](int64_t c) { return b.values ? b.values[c] : A(0); });
-  if (dg.values) {
-    t.shift_db = lay_out(l, to + 3 * step, [&](int64_t c) { return db.values[c] / count; });
-    t.shift_z = lay_out(l, to + 4 * step, [&](int64_t c) { return r.values[c] * dg.values[c] / count; });
-  }
+  if (dg.values) set_shifts<A>(t, buffer, l, {dg.values, db.values, r.values, static_cast<A>(l.count())});
 }
 
 void set_arguments(BnTensors& t, Tensor& buffer, const Tensor& z, const Layout& l, const OptionalTensor& mean,
@@ -230,11 +245,44 @@ struct PlaneUnits {
   }
 };
 
+// Blocks of channels with all their planes, for the two phases in one: the thread that has reduced a block knows its statistics
+// without waiting for anyone, and applies them while the planes are in its cache. A channel's result is the same in any block.
+struct ChannelBlocks {
+  int64_t channels, plane, width, count;
+
+  explicit ChannelBlocks(const Layout& l) : channels(l.channels), plane(l.plane) {
+    const int64_t threads = at::get_num_threads(), hot = std::max<int64_t>(1, kHot / l.count());
+    count = ceil_div(ceil_div(channels, hot), threads) * threads;
+    width = ceil_div(channels, count);
+    count = ceil_div(channels, width);
+  }
+  // Whether all threads get work; else the phases one after the other, which split the planes.
+  static bool serve(const Layout& l) { return !l.rows && l.channels >= 2 * at::get_num_threads(); }
+
+  int64_t begin(int64_t block) const { return block * width; }
+  int64_t end(int64_t block) const { return std::min(channels, (block + 1) * width); }
+  PlaneSpan part(int64_t block, PlaneSpan s) const {
+    s.c_begin = begin(block);
+    s.c_end = end(block);
+    return s;
+  }
+  PlaneSpan image(int64_t block, int64_t n) const { return {channels, plane, n, n + 1, begin(block), end(block), 0, plane}; }
+};
+
 // Runs f(unit) for all units on the intra-op threads.
 template <class F>
 void for_units(int64_t units, F f) {
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) f(u);
+  });
+}
+
+// The same from the end to the beginning, for reductions: what was written last is still in the cache, and the elementwise
+// phase that follows begins with what the reduction read last.
+template <class F>
+void for_units_backwards(int64_t units, F f) {
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = end; u-- > begin;) f(u);
   });
 }
 
@@ -266,9 +314,9 @@ struct Partials {
   template <class A> A* second_row(int64_t u) { return second.mutable_data_ptr<A>() + u * second.size(1); }
 };
 
-// Calls merge(first, second, n, channel) for each partial result, in a fixed order.
+// Calls merge(first, second, n, channel) for each partial result of these channels (all of them where z is rows), in a fixed order.
 template <class A, class F>
-void for_partials(const Layout& l, const Partials& partials, F merge) {
+void for_partials(const Layout& l, const Partials& partials, Channels channels, F merge) {
   const A* first = partials.first.const_data_ptr<A>();
   const A* second = partials.second.const_data_ptr<A>();
   if (l.rows) {
@@ -284,7 +332,7 @@ void for_partials(const Layout& l, const Partials& partials, F merge) {
     const PlaneUnits units(l);
     for (int64_t slice = 0; slice < units.slices; ++slice) {
       const int64_t n = units.count(slice);
-      for (int64_t c = 0; c < l.channels; ++c) {
+      for (int64_t c = channels.begin; c < channels.end; ++c) {
         merge(first[slice * l.channels + c], second[slice * l.channels + c], n, c);
       }
     }
@@ -293,49 +341,95 @@ void for_partials(const Layout& l, const Partials& partials, F merge) {
 
 // ---- the phases -------------------------------------------------------------------------------------------------------
 
-// Mean and M2 of the channels in double, from the partial results (n_i, mean_i, M2_i) by Chan's formula for all of them at once:
-//   mean = sum(n_i mean_i) / n,  M2 = sum(M2_i + n_i (mean_i - mean)^2).
-void merge_moments(const Layout& l, const Partials& partials, std::vector<double>& mean, std::vector<double>& m2) {
-  const double one_over_count = 1.0 / static_cast<double>(l.count());
-  for_partials<double>(l, partials, [&](double part_mean, double, int64_t n, int64_t c) { mean[c] += n * part_mean; });
-  for (double& value : mean) value *= one_over_count;
-  for_partials<double>(l, partials, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
-    const double d = part_mean - mean[c];
-    m2[c] += part_m2 + n * d * d;
-  });
-}
+// What bn_fwd_reduce finds: the moments in double, and mean, M2 and rstd as tensors in the accumulator's dtype.
+struct Statistics {
+  std::vector<double> mean, m2;
+  Tensor mean_out, m2_out, rstd_out;
+  double count, eps;
 
-void update_running(Tensor& running, const std::vector<double>& batch, double factor) {
-  const Tensor values = at::empty({static_cast<int64_t>(batch.size())}, at::kDouble);
-  double* v = values.mutable_data_ptr<double>();
-  const Tensor old = running.to(at::kDouble).contiguous();
-  const double* o = old.const_data_ptr<double>();
-  for (size_t c = 0; c < batch.size(); ++c) v[c] = (1 - factor) * o[c] + factor * batch[c];
-  running.copy_(values);
-}
+  Statistics(const Tensor& z, const Layout& l, double eps)
+      : mean(l.channels, 0.0),
+        m2(l.channels, 0.0),
+        mean_out(at::empty({l.channels}, z.options().dtype(accumulator(z)))),
+        m2_out(at::empty_like(mean_out)),
+        rstd_out(at::empty_like(mean_out)),
+        count(static_cast<double>(l.count())),
+        eps(eps) {}
 
-std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTensor running_mean, OptionalTensor running_var,
-                                                 OptionalTensor num_batches_tracked, std::optional<double> momentum,
-                                                 double eps) {
-  check_z(z_in);
-  check_vector(running_mean, z_in, "running_mean");
-  check_vector(running_var, z_in, "running_var");
+  // The moments from the partial results (n_i, mean_i, M2_i) by Chan's formula for all of them at once:
+  //   mean = sum(n_i mean_i) / n,  M2 = sum(M2_i + n_i (mean_i - mean)^2).
+  void merge(const Layout& l, const Partials& partials, Channels channels) {
+    const double one_over_count = 1.0 / count;
+    for_partials<double>(l, partials, channels,
+                         [&](double part_mean, double, int64_t n, int64_t c) { mean[c] += n * part_mean; });
+    for (int64_t c = channels.begin; c < channels.end; ++c) mean[c] *= one_over_count;
+    for_partials<double>(l, partials, channels, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
+      const double d = part_mean - mean[c];
+      m2[c] += part_m2 + n * d * d;
+    });
+  }
+
+  template <class A>
+  void write(Channels channels) {
+    A *mean_ptr = mean_out.mutable_data_ptr<A>(), *m2_ptr = m2_out.mutable_data_ptr<A>(), *rstd_ptr = rstd_out.mutable_data_ptr<A>();
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      const double shifted = (count > 0 ? m2[c] / count : 0.0) + eps;
+      mean_ptr[c] = mean[c];
+      m2_ptr[c] = m2[c];
+      rstd_ptr[c] = shifted == 0 ? 0.0 : 1.0 / std::sqrt(shifted);
+    }
+  }
+
+  void update(Tensor& running, const std::vector<double>& batch, double factor) const {
+    const auto blend = [&](auto* values) {
+      for (size_t c = 0; c < batch.size(); ++c) values[c] = (1 - factor) * values[c] + factor * batch[c];
+    };
+    if (running.scalar_type() == at::kFloat && running.is_contiguous()) {
+      blend(running.mutable_data_ptr<float>());
+      running.unsafeGetTensorImpl()->bump_version();
+      return;
+    }
+    const Tensor values = running.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
+    blend(values.mutable_data_ptr<double>());
+    running.copy_(values);
+  }
+
+  // Equation (4) of bnfast/reference.py; an empty batch changes nothing but the count.
+  void update_running(OptionalTensor& running_mean, OptionalTensor& running_var, OptionalTensor& num_batches_tracked,
+                      std::optional<double> momentum) const {
+    if (num_batches_tracked) num_batches_tracked->add_(1);
+    if (count == 0 || !(running_mean || running_var)) return;
+    const double factor = momentum ? *momentum : 1.0 / num_batches_tracked->item<int64_t>();
+    if (running_mean) update(*running_mean, mean, factor);
+    if (running_var) {
+      std::vector<double> unbiased(m2);
+      for (double& value : unbiased) value /= std::max(count - 1, 1.0);
+      update(*running_var, unbiased, factor);
+    }
+  }
+};
+
+void check_running(const Tensor& z, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                   const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
+  check_z(z);
+  check_vector(running_mean, z, "running_mean");
+  check_vector(running_var, z, "running_var");
   TORCH_CHECK(momentum || num_batches_tracked || !(running_mean || running_var),
               "bnfast: momentum is None; that needs num_batches_tracked");
-  const Tensor z = dense(z_in);
-  const Layout l = layout_of(z);
-  const BnKernels& kernels = kernels_for(z);
-  const auto options = z.options().dtype(accumulator(z));
-  if (num_batches_tracked) num_batches_tracked->add_(1);
+}
 
-  std::vector<double> mean(l.channels, 0.0), m2(l.channels, 0.0);
+// The statistics of z, which is dense.
+Statistics reduce(const Tensor& z, const Layout& l, double eps) {
+  const BnKernels& kernels = kernels_for(z);
+  Statistics result(z, l, eps);
+  const Channels all = {0, l.channels};
   if (l.numel() > 0) {
     BnTensors t;
     t.z = z.const_data_ptr();
     if (l.rows) {
       const RowUnits units(l);
       Partials partials(units.units, l.length, at::kDouble);
-      for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
+      for_units_backwards(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
         std::vector<double> scratch(3 * l.length);
         kernels.fwd_reduce_rows(t, units.span(u), partials.first_row<double>(u), partials.second_row<double>(u),
                                 scratch.data());
@@ -346,65 +440,122 @@ std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTen
         partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
         partials.second[last].zero_();
       }
-      merge_moments(l, partials, mean, m2);
+      result.merge(l, partials, all);
     } else {
       const PlaneUnits units(l);
       Partials partials(units.slices, l.channels, at::kDouble);
-      for_units(units.units(), [&](int64_t u) {
+      for_units_backwards(units.units(), [&](int64_t u) {
         const int64_t slice = units.slice(u);
         kernels.fwd_reduce_planes(t, units.span(u), partials.first_row<double>(slice), partials.second_row<double>(slice));
       });
-      merge_moments(l, partials, mean, m2);
+      result.merge(l, partials, all);
     }
   }
-
-  const double count = static_cast<double>(l.count());
-  if (count > 0 && (running_mean || running_var)) {
-    const double factor = momentum ? *momentum : 1.0 / num_batches_tracked->item<int64_t>();
-    if (running_mean) update_running(*running_mean, mean, factor);
-    if (running_var) {
-      std::vector<double> unbiased(m2);
-      for (double& value : unbiased) value /= std::max(count - 1, 1.0);
-      update_running(*running_var, unbiased, factor);
-    }
-  }
-  Tensor mean_out = at::empty({l.channels}, options), m2_out = at::empty({l.channels}, options),
-         rstd_out = at::empty({l.channels}, options);
-  const auto write = [&](auto* mean_ptr, auto* m2_ptr, auto* rstd_ptr) {
-    for (int64_t c = 0; c < l.channels; ++c) {
-      const double shifted = (count > 0 ? m2[c] / count : 0.0) + eps;
-      mean_ptr[c] = mean[c];
-      m2_ptr[c] = m2[c];
-      rstd_ptr[c] = shifted == 0 ? 0.0 : 1.0 / std::sqrt(shifted);
-    }
-  };
-  if (options.dtype().itemsize() == 8) {
-    write(mean_out.mutable_data_ptr<double>(), m2_out.mutable_data_ptr<double>(), rstd_out.mutable_data_ptr<double>());
-  } else {
-    write(mean_out.mutable_data_ptr<float>(), m2_out.mutable_data_ptr<float>(), rstd_out.mutable_data_ptr<float>());
-  }
-  return {mean_out, m2_out, rstd_out};
+  if (accumulator(z) == at::kDouble) result.write<double>(all);
+  else result.write<float>(all);
+  return result;
 }
 
-std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
-                                        OptionalTensor beta, OptionalTensor residual_in, c10::string_view act, double slope,
+std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTensor running_mean, OptionalTensor running_var,
+                                                 OptionalTensor num_batches_tracked, std::optional<double> momentum,
+                                                 double eps) {
+  check_running(z_in, running_mean, running_var, num_batches_tracked, momentum);
+  const Tensor z = dense(z_in);
+  Statistics found = reduce(z, layout_of(z), eps);
+  found.update_running(running_mean, running_var, num_batches_tracked, momentum);
+  return {found.mean_out, found.m2_out, found.rstd_out};
+}
+
+// What bn_fwd_apply takes and makes, but for the statistics.
+struct Forward {
+  Tensor z, residual, parameters, y, bits;
+  Layout layout;
+  BnTensors tensors;
+
+  Forward(const Tensor& z_in, const OptionalTensor& residual_in, bool want_bits) {
+    check_z(z_in);
+    if (residual_in) check_like(*residual_in, z_in, "residual");
+    z = dense(z_in);
+    layout = layout_of(z);
+    if (residual_in) residual = residual_in->contiguous(layout.format);
+    y = at::empty_like(z);
+    bits = at::empty({want_bits ? layout.bit_bytes() : 0}, z.options().dtype(at::kByte));
+    tensors.out = y.mutable_data_ptr();
+    tensors.bits = want_bits ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
+  }
+
+  void apply(const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+             c10::string_view act, double slope) {
+    set_arguments(tensors, parameters, z, layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt, residual, act, slope);
+    const BnKernels& kernels = kernels_for(z);
+    if (layout.numel() > 0) apply_all(layout, tensors, kernels.fwd_apply_rows, kernels.fwd_apply_planes);
+  }
+};
+
+std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
+                                        OptionalTensor beta, OptionalTensor residual, c10::string_view act, double slope,
                                         bool want_bits) {
   const PoolScope pooled;
-  check_z(z_in);
-  if (residual_in) check_like(*residual_in, z_in, "residual");
-  const Tensor z = dense(z_in);
-  const Layout l = layout_of(z);
-  const BnKernels& kernels = kernels_for(z);
-  const Tensor residual = residual_in ? residual_in->contiguous(l.format) : Tensor();
-  Tensor parameters;
-  BnTensors t;
-  set_arguments(t, parameters, z, l, mean, rstd, gamma, beta, std::nullopt, std::nullopt, residual, act, slope);
-  Tensor y = at::empty_like(z);
-  Tensor bits = at::empty({want_bits ? l.bit_bytes() : 0}, z.options().dtype(at::kByte));
-  t.out = y.mutable_data_ptr();
-  t.bits = want_bits ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
-  if (l.numel() > 0) apply_all(l, t, kernels.fwd_apply_rows, kernels.fwd_apply_planes);
-  return {y, bits};
+  Forward f(z, residual, want_bits);
+  f.apply(mean, rstd, gamma, beta, act, slope);
+  return {f.y, f.bits};
+}
+
+// bn_fwd_reduce and bn_fwd_apply, block of channels by block of channels.
+template <class A>
+Statistics reduce_and_apply(Forward& f, double eps, const OptionalTensor& gamma, const OptionalTensor& beta,
+                            c10::string_view act, double slope) {
+  const Layout& l = f.layout;
+  Statistics found(f.z, l, eps);
+  // Arrays of C for what set_arguments reads here; each block overwrites its channels' part before it is used.
+  set_arguments(f.tensors, f.parameters, f.z, l, std::nullopt, std::nullopt, gamma, beta, std::nullopt, std::nullopt, f.residual,
+                act, slope);
+  A *mean = f.parameters.mutable_data_ptr<A>(), *scale = mean + l.channels;
+  const A* rstd = found.rstd_out.const_data_ptr<A>();
+  const BnKernels& kernels = kernels_for(f.z);
+  const PlaneUnits units(l);
+  const ChannelBlocks blocks(l);
+  Partials partials(units.slices, l.channels, at::kDouble);
+  double *first = partials.first.mutable_data_ptr<double>(), *second = partials.second.mutable_data_ptr<double>();
+  for_units(blocks.count, [&](int64_t block) {
+    const Channels channels = {blocks.begin(block), blocks.end(block)};
+    for (int64_t slice = 0; slice < units.slices; ++slice) {
+      kernels.fwd_reduce_planes(f.tensors, blocks.part(block, units.span(slice * units.channel_units)), first + slice * l.channels,
+                                second + slice * l.channels);
+    }
+    found.merge(l, partials, channels);
+    found.write<A>(channels);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      mean[c] = static_cast<A>(found.mean[c]);
+      scale[c] *= rstd[c];
+    }
+    // What was read last is read first.
+    for (int64_t n = l.batch; n-- > 0;) kernels.fwd_apply_planes(f.tensors, blocks.image(block, n));
+  });
+  return found;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_reduce_apply(const Tensor& z, OptionalTensor running_mean,
+                                                               OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                                               std::optional<double> momentum, double eps,
+                                                               OptionalTensor gamma, OptionalTensor beta,
+                                                               OptionalTensor residual, c10::string_view act, double slope,
+                                                               bool want_bits) {
+  const PoolScope pooled;
+  check_running(z, running_mean, running_var, num_batches_tracked, momentum);
+  Forward f(z, residual, want_bits);
+  const auto run = [&]() {
+    if (f.layout.numel() > 0 && ChannelBlocks::serve(f.layout)) {
+      if (accumulator(z) == at::kDouble) return reduce_and_apply<double>(f, eps, gamma, beta, act, slope);
+      return reduce_and_apply<float>(f, eps, gamma, beta, act, slope);
+    }
+    const Statistics found = reduce(f.z, f.layout, eps);
+    f.apply(found.mean_out, found.rstd_out, gamma, beta, act, slope);
+    return found;
+  };
+  const Statistics found = run();
+  found.update_running(running_mean, running_var, num_batches_tracked, momentum);
+  return {found.mean_out, found.rstd_out, f.y, f.bits};
 }
 
 // Sets what the two backward phases share.
@@ -438,63 +589,84 @@ struct Backward {
   }
 };
 
+// What bn_bwd_reduce finds: dgamma and dbeta in the accumulator's dtype.
 template <class A>
-void merge_sums(const Layout& l, const Partials& partials, std::vector<double>& sum_db, std::vector<double>& sum_db_z) {
-  for_partials<A>(l, partials, [&](double db, double db_z, int64_t, int64_t c) {
-    sum_db[c] += db;
-    sum_db_z[c] += db_z;
-  });
+struct Sums {
+  std::vector<double> db, db_z;
+  Tensor dgamma, dbeta;
+  ChannelVector<A> rstd;
+
+  Sums(const Backward& b, const Tensor& rstd)
+      : db(b.layout.channels, 0.0),
+        db_z(b.layout.channels, 0.0),
+        dgamma(at::empty({b.layout.channels}, b.z.options().dtype(c10::CppTypeToScalarType<A>::value))),
+        dbeta(at::empty_like(dgamma)),
+        rstd(rstd) {}
+
+  void merge(const Layout& l, const Partials& partials, Channels channels) {
+    for_partials<A>(l, partials, channels, [&](double part_db, double part_db_z, int64_t, int64_t c) {
+      db[c] += part_db;
+      db_z[c] += part_db_z;
+    });
+  }
+
+  void write(Channels channels) {
+    A *dgamma_ptr = dgamma.template mutable_data_ptr<A>(), *dbeta_ptr = dbeta.template mutable_data_ptr<A>();
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      dgamma_ptr[c] = db_z[c] * static_cast<double>(rstd.values[c]);
+      dbeta_ptr[c] = db[c];
+    }
+  }
+};
+
+template <class A>
+std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
+  const Layout& l = b.layout;
+  const BnKernels& kernels = kernels_for(b.z);
+  Sums<A> sums(b, rstd);
+  const Channels all = {0, l.channels};
+  if (l.numel() > 0 && l.rows) {
+    const RowUnits units(l);
+    Partials partials(units.units, l.length, c10::CppTypeToScalarType<A>::value);
+    A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
+    for_units_backwards(units.units, [&](int64_t u) {
+      kernels.bwd_reduce_rows(b.tensors, units.span(u), first + u * l.length, second + u * l.length);
+    });
+    sums.merge(l, partials, all);
+  } else if (l.numel() > 0) {
+    const PlaneUnits units(l);
+    Partials partials(units.slices, l.channels, c10::CppTypeToScalarType<A>::value);
+    A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
+    for_units_backwards(units.units(), [&](int64_t u) {
+      const int64_t at = units.slice(u) * l.channels;
+      kernels.bwd_reduce_planes(b.tensors, units.span(u), first + at, second + at);
+    });
+    sums.merge(l, partials, all);
+  }
+  sums.write(all);
+  return {sums.dgamma, sums.dbeta};
 }
 
 std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
                                          OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                          OptionalTensor bits, c10::string_view act, double slope) {
-  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
-  const Layout& l = b.layout;
-  const BnKernels& kernels = kernels_for(b.z);
-  std::vector<double> sum_db(l.channels, 0.0), sum_db_z(l.channels, 0.0);
-  const auto acc = accumulator(z);
-  if (l.numel() > 0) {
-    const int64_t units = l.rows ? RowUnits(l).units : PlaneUnits(l).units();
-    Partials partials(l.rows ? units : PlaneUnits(l).slices, l.parameters(), acc);
-    const int64_t size = acc == at::kDouble ? 8 : 4;
-    char* first = static_cast<char*>(partials.first.mutable_data_ptr());
-    char* second = static_cast<char*>(partials.second.mutable_data_ptr());
-    for_units(units, [&](int64_t u) {
-      if (l.rows) {
-        const int64_t at = u * l.length * size;
-        kernels.bwd_reduce_rows(b.tensors, RowUnits(l).span(u), first + at, second + at);
-      } else {
-        const PlaneUnits planes(l);
-        const int64_t at = planes.slice(u) * l.channels * size;
-        kernels.bwd_reduce_planes(b.tensors, planes.span(u), first + at, second + at);
-      }
-    });
-    if (acc == at::kDouble) merge_sums<double>(l, partials, sum_db, sum_db_z);
-    else merge_sums<float>(l, partials, sum_db, sum_db_z);
-  }
-  Tensor dgamma = at::empty({l.channels}, z.options().dtype(acc)), dbeta = at::empty_like(dgamma);
-  const Tensor rstd_double = rstd.to(at::kDouble).contiguous();
-  const double* r = rstd_double.const_data_ptr<double>();
-  const auto write = [&](auto* dgamma_ptr, auto* dbeta_ptr) {
-    for (int64_t c = 0; c < l.channels; ++c) {
-      dgamma_ptr[c] = sum_db_z[c] * r[c];
-      dbeta_ptr[c] = sum_db[c];
-    }
-  };
-  if (acc == at::kDouble) write(dgamma.mutable_data_ptr<double>(), dbeta.mutable_data_ptr<double>());
-  else write(dgamma.mutable_data_ptr<float>(), dbeta.mutable_data_ptr<float>());
-  return {dgamma, dbeta};
+  const Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
+  return accumulator(z) == at::kDouble ? reduce<double>(b, rstd) : reduce<float>(b, rstd);
 }
 
-// dz into `dz`, which may be dy's own memory: an element of dy is read before that of dz is written. Returns dresidual.
-Tensor write_dz(Backward& b, Tensor& dz, bool want_dresidual) {
+// Where bn_bwd_apply writes: dz, which may be dy's own memory (an element of dy is read before that of dz is written), and
+// dresidual, which is returned.
+Tensor set_outputs(Backward& b, Tensor& dz, bool want_dresidual) {
   Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options());
-  if (b.layout.numel() == 0) return dresidual;
   b.tensors.out = dz.mutable_data_ptr();
   b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  return dresidual;
+}
+
+Tensor write_dz(Backward& b, Tensor& dz, bool want_dresidual) {
+  Tensor dresidual = set_outputs(b, dz, want_dresidual);
   const BnKernels& kernels = kernels_for(b.z);
-  apply_all(b.layout, b.tensors, kernels.bwd_apply_rows, kernels.bwd_apply_planes);
+  if (b.layout.numel() > 0) apply_all(b.layout, b.tensors, kernels.bwd_apply_rows, kernels.bwd_apply_planes);
   return dresidual;
 }
 
@@ -515,18 +687,99 @@ std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const
   return {dz, dresidual};
 }
 
+void check_writable(const Tensor& dy, const Tensor& z, const OptionalTensor& residual) {
+  at::assert_no_internal_overlap(dy);
+  at::assert_no_overlap(dy, z);
+  if (residual) at::assert_no_overlap(dy, *residual);
+}
+
 Tensor bn_bwd_apply_(Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
                      OptionalTensor beta, OptionalTensor residual, OptionalTensor bits, OptionalTensor dgamma,
                      OptionalTensor dbeta, c10::string_view act, double slope, bool want_dresidual) {
   const PoolScope pooled;
   check_both(dgamma, dbeta);
-  at::assert_no_internal_overlap(dy);
-  at::assert_no_overlap(dy, z);
-  if (residual) at::assert_no_overlap(dy, *residual);
+  check_writable(dy, z, residual);
   Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope);
   Tensor dresidual = write_dz(b, b.dy, want_dresidual);
   if (!b.dy.is_same(dy)) dy.copy_(b.dy);   // dy came in another layout
   return dresidual;
+}
+
+// bn_bwd_reduce and bn_bwd_apply of planes, block of channels by block of channels.
+template <class A>
+std::tuple<Tensor, Tensor> reduce_and_apply(Backward& b, const Tensor& rstd) {
+  const Layout& l = b.layout;
+  const BnKernels& kernels = kernels_for(b.z);
+  Sums<A> sums(b, rstd);
+  const A *dgamma = sums.dgamma.template const_data_ptr<A>(), *dbeta = sums.dbeta.template const_data_ptr<A>();
+  const PlaneUnits units(l);
+  const ChannelBlocks blocks(l);
+  Partials partials(units.slices, l.channels, c10::CppTypeToScalarType<A>::value);
+  A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
+  const Shifts<A> shifts = {dgamma, dbeta, sums.rstd.values, static_cast<A>(l.count())};
+  A *shift_db = b.parameters.mutable_data_ptr<A>() + 3 * l.channels, *shift_z = shift_db + l.channels;
+  b.tensors.shift_db = shift_db;
+  b.tensors.shift_z = shift_z;
+  for_units(blocks.count, [&](int64_t block) {
+    const Channels channels = {blocks.begin(block), blocks.end(block)};
+    for (int64_t slice = 0; slice < units.slices; ++slice) {
+      kernels.bwd_reduce_planes(b.tensors, blocks.part(block, units.span(slice * units.channel_units)), first + slice * l.channels,
+                                second + slice * l.channels);
+    }
+    sums.merge(l, partials, channels);
+    sums.write(channels);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      shift_db[c] = shifts.db(c);
+      shift_z[c] = shifts.z(c);
+    }
+    for (int64_t n = l.batch; n-- > 0;) kernels.bwd_apply_planes(b.tensors, blocks.image(block, n));
+  });
+  return {sums.dgamma, sums.dbeta};
+}
+
+// dz into `dz`; returns dgamma, dbeta and dresidual.
+std::tuple<Tensor, Tensor, Tensor> reduce_and_write_dz(Backward& b, const Tensor& rstd, Tensor& dz, bool want_dresidual) {
+  const bool is_double = accumulator(b.z) == at::kDouble;
+  std::tuple<Tensor, Tensor> sums;
+  if (b.layout.numel() > 0 && ChannelBlocks::serve(b.layout)) {
+    Tensor dresidual = set_outputs(b, dz, want_dresidual);
+    sums = is_double ? reduce_and_apply<double>(b, rstd) : reduce_and_apply<float>(b, rstd);
+    return {std::get<0>(sums), std::get<1>(sums), dresidual};
+  }
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    sums = reduce<A>(b, rstd);
+    const ChannelVector<A> r(rstd);
+    set_shifts<A>(b.tensors, b.parameters, b.layout,
+                  {std::get<0>(sums).template const_data_ptr<A>(), std::get<1>(sums).template const_data_ptr<A>(), r.values,
+                   static_cast<A>(b.layout.count())});
+  };
+  if (is_double) run(0.0);
+  else run(0.0f);
+  return {std::get<0>(sums), std::get<1>(sums), write_dz(b, dz, want_dresidual)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_bwd_reduce_apply(const Tensor& dy, const Tensor& z, const Tensor& mean,
+                                                               const Tensor& rstd, OptionalTensor gamma, OptionalTensor beta,
+                                                               OptionalTensor residual, OptionalTensor bits,
+                                                               c10::string_view act, double slope, bool want_dresidual) {
+  const PoolScope pooled;
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
+  Tensor dz = at::empty_like(b.z);
+  auto [dgamma, dbeta, dresidual] = reduce_and_write_dz(b, rstd, dz, want_dresidual);
+  return {dgamma, dbeta, dz, dresidual};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_bwd_reduce_apply_(Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                                        OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
+                                                        OptionalTensor bits, c10::string_view act, double slope,
+                                                        bool want_dresidual) {
+  const PoolScope pooled;
+  check_writable(dy, z, residual);
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
+  auto result = reduce_and_write_dz(b, rstd, b.dy, want_dresidual);
+  if (!b.dy.is_same(dy)) dy.copy_(b.dy);   // dy came in another layout
+  return result;
 }
 
 Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mean, OptionalTensor rstd, OptionalTensor gamma,
@@ -573,9 +826,12 @@ Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mea
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("bn_fwd_reduce", &bn_fwd_reduce);
   m.impl("bn_fwd_apply", &bn_fwd_apply);
+  m.impl("bn_fwd_reduce_apply", &bn_fwd_reduce_apply);
   m.impl("bn_bwd_reduce", &bn_bwd_reduce);
   m.impl("bn_bwd_apply", &bn_bwd_apply);
   m.impl("bn_bwd_apply_", &bn_bwd_apply_);
+  m.impl("bn_bwd_reduce_apply", &bn_bwd_reduce_apply);
+  m.impl("bn_bwd_reduce_apply_", &bn_bwd_reduce_apply_);
   m.impl("se_bwd_reduce", &se_bwd_reduce);
 }
 

@@ -250,18 +250,53 @@ BNFAST_INLINE void store_block(f16* to, const Block<float>& b) {
   }
 }
 
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+template <class T>
+BNFAST_INLINE void read_lanes(T (&lane)[kBlock], const T* from, int64_t n) {
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256((__m256i*)lane, _mm256_maskz_loadu_epi16(mask, from));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_si512(lane, _mm512_maskz_loadu_epi32(mask, from));
+  } else {
+    _mm512_storeu_si512(lane, _mm512_maskz_loadu_epi64(mask & 0xff, from));
+    _mm512_storeu_si512(lane + 8, _mm512_maskz_loadu_epi64(mask >> 8, from + 8));
+  }
+}
+template <class T>
+BNFAST_INLINE void write_lanes(T* to, const T (&lane)[kBlock], int64_t n) {
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256((const __m256i*)lane));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, mask, _mm512_loadu_si512(lane));
+  } else {
+    _mm512_mask_storeu_epi64(to, mask & 0xff, _mm512_loadu_si512(lane));
+    _mm512_mask_storeu_epi64(to + 8, mask >> 8, _mm512_loadu_si512(lane + 8));
+  }
+}
+#else
+template <class T>
+BNFAST_INLINE void read_lanes(T (&lane)[kBlock], const T* from, int64_t n) {
+  std::memset(lane, 0, sizeof(lane));
+  std::memcpy(lane, from, n * sizeof(T));
+}
+template <class T>
+BNFAST_INLINE void write_lanes(T* to, const T (&lane)[kBlock], int64_t n) { std::memcpy(to, lane, n * sizeof(T)); }
+#endif
+
 // The first n < 16 lanes; the others are 0 on load and untouched on store.
 template <class T>
 BNFAST_INLINE Block<acc_t<T>> load_partial(const T* from, int64_t n) {
-  T lane[kBlock] = {};
-  std::memcpy(lane, from, n * sizeof(T));
+  T lane[kBlock];
+  read_lanes(lane, from, n);
   return load_block(lane);
 }
 template <class T>
 BNFAST_INLINE void store_partial(T* to, const Block<acc_t<T>>& b, int64_t n) {
   T lane[kBlock];
   store_block(lane, b);
-  std::memcpy(to, lane, n * sizeof(T));
+  write_lanes(to, lane, n);
 }
 
 // A whole Block, or the first lanes of one. Two types, so that the loop over whole Blocks is compiled without the other case.
