@@ -31,7 +31,7 @@ constexpr int64_t kApplyUnit = 32768;    // elements of one unit of an elementwi
 constexpr int64_t kRowLength = 64;       // rows are made at least this long, for loops that are worth starting
 constexpr int64_t kSmallPlane = 32;      // planes smaller than this are treated as rows ...
 constexpr int64_t kLongestRow = 32768;   // ... of at most this length
-constexpr int64_t kHot = 131072;         // elements that a reduction leaves in the cache for the elementwise phase behind it
+constexpr int64_t kHot = 49152;         // elements that a reduction leaves in the cache for the elementwise phase behind it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
