@@ -32,7 +32,10 @@ def _status(field: str) -> int:
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """How many bytes above the present state the process (on a GPU: PyTorch's allocator) is at its highest while
     `call` runs; caches that `call` leaves behind count. None where the system offers no such counter."""
+    import bnfast
+
     gc.collect()
+    bnfast.clear_cache()  # buffers that are kept from the cases before would hide the call's own
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import reference, weights, winograd
+from . import onednn, reference, weights, winograd
 from .reference import accumulator
 
 try:
@@ -49,8 +49,24 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
         turned = weights.transformed(weight, "winograd", winograd.transformed_weight)
         return torch.ops.bnfast.winograd_conv.default(x, turned, bias, weight.shape[0], padding)
-    weight = _as_dtype(weight, x.dtype)
-    return reference.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    dtype = x.dtype
+    return _direct_conv(
+        x, weight, ("cast", dtype), lambda w: w.to(dtype), bias, stride, padding, dilation, groups
+    )
+
+
+def _direct_conv(x, weight, form, make, bias, stride, padding, dilation, groups):
+    """PyTorch's convolution of x with make(weight), which has the dtype of x; form names what make does."""
+    geometry = (stride, padding, dilation, groups)
+    if _memory_format(x) == torch.channels_last and onednn.serves(x):
+        packed = weights.transformed(
+            weight, ("packed", form), lambda w: onednn.pack(make(w), x, *geometry)
+        )
+        bias = None if bias is None else bias.to(x.dtype)
+        return onednn.convolve(x, packed, bias, *geometry)
+    if form != ("cast", weight.dtype):
+        weight = weights.transformed(weight, form, make)
+    return reference.conv_forward(x, weight, bias, *geometry)
 
 
 def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
@@ -121,8 +137,8 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
             weight, "winograd rotated", lambda w: winograd.transformed_weight(rotated(w))
         )
         return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
-    turned = weights.transformed(weight, ("rotated", groups, dz.dtype, layout), rotated)
-    return reference.conv_forward(dz, turned, None, ones, margin, dilation, groups)
+    form = ("rotated", groups, dz.dtype, layout)
+    return _direct_conv(dz, weight, form, rotated, None, ones, margin, dilation, groups)
 
 
 def _is_depthwise(weight, groups):
