@@ -38,4 +38,9 @@ def extension():
 
 
 ext_modules, cmdclass = extension()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setup(
+    packages=["bnfast", "bnfast.triton_kernels"],
+    package_dir={"bnfast.triton_kernels": "triton_kernels"},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)

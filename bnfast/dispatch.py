@@ -1,6 +1,9 @@
 """Which backend serves a call. A backend is a module with the phases of `reference` as functions."""
 
 import contextlib
+import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -9,13 +12,34 @@ import torch
 from . import native, reference
 
 _MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
-NAMES = ("auto", *_MODULES)
+NAMES = ("auto", *_MODULES, "triton")
 _forced: list[str] = []
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def backends() -> dict[str, bool | str]:
     """Each backend's name with True where it can be used here, else the reason why it cannot."""
-    return {"cpu": native.unavailable or True, "reference": True}
+    return {
+        "cpu": native.unavailable or True,
+        "reference": True,
+        "triton": _why_no_triton() or True,
+    }
+
+
+def _why_no_triton() -> str | None:
+    if not _has_triton:
+        return "the package triton is not installed (pip install triton)"
+    if not (torch.cuda.is_available() or _interprets()):
+        return (
+            "PyTorch sees no GPU (with TRITON_INTERPRET=1 in the environment the kernels run in Triton's "
+            "interpreter, on CPU tensors and slowly)"
+        )
+    return None
+
+
+def _interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextlib.contextmanager
@@ -45,12 +69,20 @@ def pick(name: str, device: torch.device) -> str:
     if _forced:
         name = _forced[-1]
     if name == "auto":
+        if device.type == "cuda":
+            return "triton" if _has_triton else "reference"
         return "cpu" if device.type == "cpu" and native.unavailable is None else "reference"
     if name == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' serves tensors on the CPU; x is on {device}")
+    if name == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interprets()):
+        raise RuntimeError(f"backend 'triton' serves tensors on a GPU; x is on {device}")
     return name
 
 
 def module(name: str) -> ModuleType:
     """The module of a backend that `pick` named."""
+    if name not in _MODULES:
+        _MODULES[name] = importlib.import_module(
+            "bnfast.triton_kernels"
+        )  # costs a moment: at its first use
     return _MODULES[name]

@@ -544,6 +544,7 @@ def copy_tree(to: Path) -> None:
 def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     env["BNFAST_WINOGRAD"] = "1"  # which the baseline uses only when told to
+    env["TRITON_INTERPRET"] = "0"  # these are mutants of the compiled kernels
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 

@@ -373,6 +373,8 @@ def assert_gradcheck(x: Tensor, unit: ops.Unit, backend: str) -> None:
 @pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("act", reference.ACTS)
 def test_gradcheck_of_each_activation(backend, act, has_residual, training):
+    if act != "silu":
+        backend.takes_long()
     for conv, layout in ((NO_CONV, "channels_last"), (Conv(2, 3), "contiguous")):
         x = torch.randn(2, conv.channels, 3, 4, dtype=torch.float64)
         x = lay_out(x, layout).requires_grad_()
@@ -821,7 +823,7 @@ def storages(tensors) -> dict[int, int]:
 def record_convolutions(module, monkeypatch) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists that will hold the inputs and the outputs of all convolutions of a backend's forward phases."""
     inputs, outputs = [], []
-    for name in ("conv_forward", "conv_fwd_reduce"):
+    for name in ("conv_forward", "conv_fwd_reduce", "conv_fwd_reduce_apply"):
         original = getattr(module, name)
 
         def recorded(x, *args, original=original):

@@ -66,6 +66,7 @@ def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
 
 def test_float64_training_is_the_same(backend):
     """Without rounding to speak of, the two trajectories, gammas, betas and running statistics coincide."""
+    backend.takes_long()
     model = plain_model().double()
     batches = [t[:5] for t in data(2, torch.float64)]
     converted = bnfast.convert(model)

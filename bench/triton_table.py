@@ -1,0 +1,302 @@
+"""Compiles every Triton kernel as it ships, for chips that need not be there, and prints what came out.
+
+python -m bench.triton_table [--targets sm_90,gfx942] [--dtypes bf16] [--output FILE]
+
+The launchers run as they are, on small tensors on the CPU; what they would launch is recorded and compiled. Columns:
+registers, spilled bytes, shared memory, theoretical occupancy, and the widths in bytes of the accesses to global memory.
+Exit status 1 where a kernel spills, or where an access to a tensor of activations is narrower than 16 bytes although the
+sizes allow it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: they must be real ones
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bnfast import triton_kernels as kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Warps, registers and bytes of shared memory of a multiprocessor.
+MULTIPROCESSOR = {
+    "sm_80": (64, 65536, 164 * 1024),
+    "sm_90": (64, 65536, 228 * 1024),
+    "sm_100": (64, 65536, 228 * 1024),
+    "sm_120": (48, 65536, 100 * 1024),
+    "gfx942": (32, 4 * 512 * 64, 64 * 1024),
+}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher would start it."""
+
+    kernel: JITFunction
+    variant: str
+    signature: dict[str, str]
+    constants: dict[str, object]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__name__} {self.variant}"
+
+
+@dataclasses.dataclass
+class Row:
+    """What one compilation gave."""
+
+    launch: Launch
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    occupancy: float
+    widths: dict[
+        str, collections.Counter[int]
+    ]  # "load" and "store" -> bytes of an access -> how often
+    matrix: int  # matrix instructions
+
+
+def _argument_type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i64" if abs(int(value)) >= 2**31 else "i32"
+
+
+def _launch(kernel: JITFunction, variant: str, args: tuple, kwargs: dict) -> Launch:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    constants = {n: v for n, v in values.items() if n in constant or v is None}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _argument_type(value)
+        # As Triton does at a launch: 16 divides an allocation's address, and integers that it divides are marked.
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return Launch(kernel, variant, signature, constants, attributes, options)
+
+
+def record(run: Callable[[], object], variant: str) -> Iterator[Launch]:
+    """What `run` launches, without launching it."""
+    found = []
+    stock = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: found.append((self, args, kwargs))
+    try:
+        run()
+    finally:
+        JITFunction.run = stock
+    for kernel, args, kwargs in found:
+        yield _launch(kernel, variant, args, dict(kwargs))
+
+
+def launches(dtype: str) -> list[Launch]:
+    """Every kernel in `dtype`, in both layouts, with and without what changes its accesses; equal ones once."""
+    found = []
+    for layout, act, residual in (
+        ("channels_last", "relu", False),
+        ("channels_last", "relu", True),
+        ("NCHW", "relu", True),
+        ("channels_last", "silu", False),
+    ):
+        size = (4, 64, 16, 16)
+        z, dy, r = (
+            torch.empty(size, dtype=DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+            for _ in range(3)
+        )
+        mean, rstd, gamma, beta = torch.empty(4, size[1])
+        buffers = (mean.clone(), rstd.clone(), torch.tensor(0))
+        bits = residual and act == "relu"
+
+        def step(
+            z=z,
+            dy=dy,
+            r=r if residual else None,
+            vectors=(gamma, beta),
+            act=act,
+            bits=bits,
+            buffers=buffers,
+        ):
+            mean, rstd, _, packed = kernels.bn_fwd_reduce_apply(
+                z, *buffers, 0.1, 1e-5, *vectors, r, act, 0.0, bits
+            )
+            kept = (None, packed) if bits else (None, None)
+            kernels.bn_bwd_reduce_apply(dy, z, mean, rstd, *vectors, *kept, act, 0.0, bits)
+
+        variant = f"{dtype} {layout} {act}{' residual' if residual else ''}"
+        found += record(step, variant)
+    unique = {}
+    for launch in found:
+        key = (launch.kernel.__name__, str(launch.signature), str(launch.constants))
+        unique.setdefault(key, launch)
+    return list(unique.values())
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    most, file, memory = MULTIPROCESSOR[target]
+    lanes = TARGETS[target].warp_size
+    per_warp = max(1, -(-registers // 8) * 8) * lanes
+    by_registers = file // (per_warp * warps) if registers else most
+    by_memory = memory // shared if shared else most
+    return min(most, min(by_registers, by_memory) * warps) / most
+
+
+def _nvidia(binary: bytes) -> tuple[int, int, dict, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spilled = int(re.search(r"STACK:(\d+)", usage).group(1))
+    widths = {"load": collections.Counter(), "store": collections.Counter()}
+    for kind, flags in re.findall(r"\b(LDG|STG)\.(\S+)", code):
+        bits = re.search(r"\b(64|128|256)\b", flags.replace(".", " "))
+        small = re.search(r"\b[US](8|16)\b", flags.replace(".", " "))
+        width = int(bits.group(1)) // 8 if bits else int(small.group(1)) // 8 if small else 4
+        widths["load" if kind == "LDG" else "store"][width] += 1
+    matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|DMMA)\b", code))
+    return registers, spilled, widths, matrix
+
+
+def _amd(text: str) -> tuple[int, int, dict, int]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+
+    widths = {"load": collections.Counter(), "store": collections.Counter()}
+    bytes_of = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ubyte": 1, "byte": 1}
+    bytes_of |= {"ushort": 2, "short": 2, "short_d16": 2, "short_d16_hi": 2}
+    for kind, size in re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", text):
+        widths[kind][bytes_of.get(size, 2)] += 1
+    matrix = len(re.findall(r"\bv_mfma_", text))
+    return number("vgpr_count"), number("vgpr_spill_count"), widths, matrix
+
+
+def compile_one(launch: Launch, target: str) -> Row:
+    """Compiles `launch` for `target`, a name of TARGETS."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    made = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
+    if TARGETS[target].backend == "cuda":
+        registers, spilled, widths, matrix = _nvidia(made.asm["cubin"])
+    else:
+        registers, spilled, widths, matrix = _amd(made.asm["amdgcn"])
+    shared = made.metadata.shared
+    occupancy = _occupancy(target, registers, shared, made.metadata.num_warps)
+    return Row(launch, target, registers, spilled, shared, occupancy, widths, matrix)
+
+
+def problems(row: Row) -> list[str]:
+    """What is wrong with a row: spills, and narrow accesses of the kernels that walk over activations."""
+    found = []
+    if row.spilled:
+        found.append(f"{row.launch.name} for {row.target} spills {row.spilled} bytes")
+    if "finalise" not in row.launch.kernel.__name__:
+        for kind, widths in row.widths.items():
+            if widths and max(widths) < 16 and "reduce" not in row.launch.kernel.__name__:
+                found.append(
+                    f"{row.launch.name} for {row.target}: widest {kind} is {max(widths)} bytes"
+                )
+        if row.widths["load"] and max(row.widths["load"]) < 16:
+            found.append(f"{row.launch.name} for {row.target}: no load of 16 bytes")
+    return found
+
+
+def _widths(counter: collections.Counter[int]) -> str:
+    return (
+        " ".join(f"{width}Bx{times}" for width, times in sorted(counter.items(), reverse=True))
+        or "-"
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, one line per kernel and target."""
+    lines = [
+        "| kernel | target | registers | spilled | shared | occupancy | global loads | global stores | matrix instructions |",
+        "|---|---|--:|--:|--:|--:|---|---|--:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.launch.name} | {row.target} | {row.registers} | {row.spilled} | {row.shared} | {row.occupancy:.0%} | "
+            f"{_widths(row.widths['load'])} | {_widths(row.widths['store'])} | {row.matrix} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 1 if a row has a problem, 2 for a wrong option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.triton_table", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    options = parser.parse_args(arguments)
+    targets, dtypes = options.targets.split(","), options.dtypes.split(",")
+    for names, known, what in ((targets, TARGETS, "--targets"), (dtypes, DTYPES, "--dtypes")):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            parser.error(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
+    rows = [
+        compile_one(launch, target)
+        for dtype in dtypes
+        for launch in launches(dtype)
+        for target in targets
+    ]
+    print(markdown(rows), end="")
+    if options.output:
+        options.output.write_text(markdown(rows))
+    found = [text for row in rows for text in problems(row)]
+    for text in found:
+        print(text, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The Triton backend beyond what every backend is tested for: tiles and splits, the interpreter's patched cast, refusals."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnfast
+from bnfast import dispatch, reference
+
+if dispatch.backends()["triton"] is not True:
+    pytest.skip(str(dispatch.backends()["triton"]), allow_module_level=True)
+
+import triton
+import triton.language as tl
+import triton_interpreter
+from bnfast.triton_kernels import launch, layout
+
+from bnfast import triton_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def cast_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
+    offs = tl.arange(0, COUNT)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(y_ptr.dtype.element_ty))
+
+
+def test_float32_to_bfloat16_rounds_to_nearest_even():
+    """Ties, subnormals, overflow to infinity, NaN: as PyTorch casts."""
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    bits[:1024] = (bits[:1024] & ~0xFFFF) | 0x8000
+    x = bits.view(torch.float32)
+    x[:4] = torch.tensor([3.4e38, float("inf"), float("nan"), 1e-40])
+    y = torch.empty(4096, dtype=torch.bfloat16, device=DEVICE)
+    cast_kernel[(1,)](x.to(DEVICE), y, 4096)
+    expected = x.to(torch.bfloat16)
+    assert torch.equal(y.cpu().isnan(), expected.isnan())
+    assert torch.equal(y.cpu().nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_many_small_tiles(memory_format, monkeypatch):
+    """Tiles far smaller than the tensor, more splits than fit evenly, ragged in N, C and H W at once: as one large tile."""
+    shape = (3, 21, 7, 9)
+    z = (torch.randn(shape) * 2 + 50).to(DEVICE).contiguous(memory_format=memory_format)
+    dy, residual = torch.randn_like(z), torch.randn_like(z)
+    gamma, beta = torch.randn(2, 21, device=DEVICE)
+
+    def run(module):
+        mean, rstd, y, bits = module.bn_fwd_reduce_apply(
+            z, None, None, None, 0.1, 1e-5, gamma, beta, residual, "relu", 0.0, True
+        )
+        state = (dy, z, mean, rstd, gamma, beta, None, bits, "relu", 0.0, True)
+        return mean, rstd, y, *module.bn_bwd_reduce_apply(*state)
+
+    expected = run(reference)
+    for tile, splits in ((64, 128), (16, 5), (128, 1), (4096, 128)):
+        monkeypatch.setattr(layout, "TILE", tile)
+        monkeypatch.setattr(layout, "REDUCED_TILE", tile)
+        monkeypatch.setattr(layout, "MOST_SPLITS", splits)
+        names = ("mean", "rstd", "y", "dgamma", "dbeta", "dz", "dresidual")
+        for name, a, e in zip(names, run(triton_kernels), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=f"{name}, tile {tile}")
+
+
+@pytest.mark.parametrize("shape", [(64, 16, 32, 32), (3, 1000, 7, 7), (2, 3, 224, 224), (9, 5)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_splits_cover_every_tile_once(shape, memory_format):
+    z = torch.empty(shape, device="meta")
+    z = z.contiguous(memory_format=memory_format) if z.dim() == 4 else z
+    view = layout.view_of(z)
+    split = layout.split_of(view)
+    if view.channel_is_column:
+        tiles = -(-view.rows // split.rows)
+        assert split.blocks * split.columns >= view.channels
+    else:
+        tiles = view.rows // view.channels * -(-view.columns // split.columns)
+        assert split.blocks * split.rows >= view.channels
+    assert (split.splits - 1) * split.per_split < tiles <= split.splits * split.per_split
+    assert split.splits <= layout.MOST_SPLITS
+    assert split.rows * split.columns <= layout.REDUCED_TILE
+    assert view.count * view.channels == z.numel()
+
+
+def test_offsets_are_wide_from_two_to_the_31_on():
+    view = layout.View(2**20, 2**11, 2**11, True, 2**20)
+    assert layout.is_wide(view) and not layout.is_wide(view._replace(rows=2**19))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-5, 1e-3, 0.9, 1.0, 0.0, 1e-30])
+def test_float64_arguments_come_as_a_pair(value):
+    high, low = launch.pair(value)
+    found = torch.tensor([high, low], dtype=torch.float32).double().sum().item()
+    assert abs(found - value) <= 2**-47 * value
+
+
+def test_unsupported_dtype_is_named():
+    z = torch.zeros(2, 3, 4, 4, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"z is torch.int32; allowed are torch.float32"):
+        triton_kernels.bn_fwd_apply(z, z, z, None, None, None, "relu", 0.0, False)
+
+
+def test_meta_tensors_are_refused():
+    x = torch.randn(2, 3, 4, 4, device="meta")
+    with (
+        bnfast.use_backend("triton"),
+        pytest.raises(RuntimeError, match="backend 'triton' serves tensors on a GPU; x is on meta"),
+    ):
+        bnfast.nn.BatchNormAct2d(3).to("meta")(x)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_compile_for_chips_that_are_not_there(target):
+    """As they ship, in bfloat16: no spills, accesses of 16 bytes; bench/triton_table.py checks that and shows the rest."""
+    command = [sys.executable, "-m", "bench.triton_table", "--dtypes", "bf16", "--targets", target]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for kernel in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply"):
+        assert f"| {kernel}_kernel bf16 channels_last relu | {target} |" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_gpu_and_interpreter_it_says_why():
+    code = (
+        "import bnfast\nprint(bnfast.backends()['triton'])\nwith bnfast.use_backend('triton'): pass"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "PyTorch sees no GPU (with TRITON_INTERPRET=1" in run.stdout
+    assert "RuntimeError: backend 'triton' is not available: PyTorch sees no GPU" in run.stderr
+
+
+@pytest.mark.skipif(not triton_interpreter.switched_on(), reason="needs the interpreter")
+def test_auto_stays_with_the_compiled_backend_on_the_cpu():
+    assert dispatch.pick("auto", torch.device("cpu")) in ("cpu", "reference")

@@ -1,0 +1,46 @@
+"""The Triton backend: the phases of `bnfast.reference` for GPUs, without a compiler on the machine.
+
+bn_fwd.py, bn_bwd.py   the BatchNorm phases, kernel and launcher side by side
+conv.py                the convolutions around them
+activation.py          the pre-activation, the activations and bits, shared by forward and backward
+layout.py, launch.py   views of tensors and their tiles; arguments and devices
+
+On a machine without a GPU the kernels run in Triton's interpreter, on CPU tensors, where TRITON_INTERPRET=1 was set before
+the import.
+"""
+
+from .bn_bwd import (
+    bn_bwd_apply,
+    bn_bwd_apply_,
+    bn_bwd_reduce,
+    bn_bwd_reduce_apply,
+    bn_bwd_reduce_apply_,
+)
+from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply
+from .conv import (
+    conv_dgrad,
+    conv_forward,
+    conv_fwd_reduce,
+    conv_fwd_reduce_apply,
+    se_bwd_apply,
+    se_bwd_reduce,
+    se_fwd,
+)
+
+__all__ = [
+    "bn_bwd_apply",
+    "bn_bwd_apply_",
+    "bn_bwd_reduce",
+    "bn_bwd_reduce_apply",
+    "bn_bwd_reduce_apply_",
+    "bn_fwd_apply",
+    "bn_fwd_reduce",
+    "bn_fwd_reduce_apply",
+    "conv_dgrad",
+    "conv_forward",
+    "conv_fwd_reduce",
+    "conv_fwd_reduce_apply",
+    "se_bwd_apply",
+    "se_bwd_reduce",
+    "se_fwd",
+]

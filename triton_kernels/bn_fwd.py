@@ -1,0 +1,421 @@
+"""bn_fwd_reduce and bn_fwd_apply in Triton. Bytes of global memory per element of s bytes:
+    bn_fwd_reduce_kernel   read s                         partial moments, a few per channel
+    finalise_moments_kernel                               channel-sized
+    bn_fwd_apply_kernel    read s (+ s), write s (+ 1/8)  with residual, with bits
+No atomics: partial results have their own places and merge in a fixed order. The second phase walks from the end to the
+beginning, so that it begins with what the first left in the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnfast.reference import accumulator, rstd_of
+
+from .activation import act_passes, act_value, pack_bits, pre_activation
+from .launch import TRITON_DTYPES, device_of, pair
+from .layout import WARPS, Split, View, dense, is_wide, like, split_of, tile_of, view_of
+
+
+@triton.jit
+def load_pair(high, low, ACC: tl.constexpr):
+    """[1] of a float64 argument that comes as the sum of two float32."""
+    return tl.full([1], high, ACC) + tl.full([1], low, ACC)
+
+
+@triton.jit
+def spread(values, CHANNEL_IS_COLUMN: tl.constexpr):
+    """Channel values along a tile's columns or rows."""
+    if CHANNEL_IS_COLUMN:
+        values = values[None, :]
+    else:
+        values = values[:, None]
+    return values
+
+
+@triton.jit
+def reduced_tile(
+    tile,
+    c,
+    rows,
+    columns,
+    channels,
+    CHANNEL_IS_COLUMN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of a tile of channels c: element offsets, mask, values per channel, rows, columns. Tiles of channels_last follow each
+    other down the rows; those of planes lie in one image each, side by side, then in the next image. A tile behind the last
+    one is empty."""
+    if CHANNEL_IS_COLUMN:
+        r = tl.arange(0, BLOCK_R)
+        if WIDE:
+            r = r.to(tl.int64)
+        r += tile * BLOCK_R
+        column = c
+        n = tl.minimum(BLOCK_R, rows - tile * BLOCK_R)
+        mask = (r < rows)[:, None] & (c < channels)[None, :]
+    else:
+        across = tl.cdiv(columns, BLOCK_C)
+        start = tile % across * BLOCK_C
+        image = tile // across
+        column = start + tl.arange(0, BLOCK_C)
+        r = c
+        if WIDE:
+            r = r.to(tl.int64)
+        r += image * channels
+        n = tl.where(image * channels < rows, tl.minimum(BLOCK_C, columns - start), 0)
+        mask = ((c < channels) & (r < rows))[:, None] & (column < columns)[None, :]
+    return r[:, None] * columns + column[None, :], mask, tl.maximum(n, 0), r, column
+
+
+@triton.jit
+def load_origin(z_ptr, c, mask, step, ACC: tl.constexpr):
+    """The first value of each channel: moments are taken of the distance from it, so that the size of the mean costs no
+    digits, however many tiles and splits are merged. 0 where it is no number to count from."""
+    origin = tl.load(z_ptr + c * step, mask, 0).to(ACC)
+    return tl.where(tl.abs(origin) < float("inf"), origin, 0)
+
+
+@triton.jit
+def bn_fwd_reduce_kernel(
+    z_ptr,  # [rows, columns]
+    part_ptr,  # [3, splits, C] in ACC: mean from the origin, M2, number of values
+    tracked_ptr,  # [] int64 or None
+    rows,
+    columns,
+    channels,
+    per_split,
+    CHANNEL_IS_COLUMN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Moments of one split: each tile's mean, then its squares around that mean, then Chan's merge with the tiles before:
+    n = na + nb, e = mean_b - mean_a, mean = mean_a + e nb / n, M2 = M2_a + M2_b + e^2 na nb / n."""
+    AXIS: tl.constexpr = 0 if CHANNEL_IS_COLUMN else 1
+    CHANNELS: tl.constexpr = BLOCK_C if CHANNEL_IS_COLUMN else BLOCK_R
+    split = tl.program_id(1)
+    if tracked_ptr is not None and tl.program_id(0) + split == 0:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    origin = load_origin(z_ptr, c, c < channels, 1 if CHANNEL_IS_COLUMN else columns, ACC)
+    origin = spread(origin, CHANNEL_IS_COLUMN)
+    mean = tl.zeros([CHANNELS], ACC)
+    m2 = tl.zeros([CHANNELS], ACC)
+    count = tl.zeros([CHANNELS], ACC)
+    for tile in range(split * per_split, (split + 1) * per_split):
+        at, mask, values, _, _ = reduced_tile(
+            tile, c, rows, columns, channels, CHANNEL_IS_COLUMN, WIDE, BLOCK_R, BLOCK_C
+        )
+        n = values.to(ACC)
+        one_over_n = 1 / tl.maximum(n, 1)
+        z = tl.where(mask, tl.load(z_ptr + at, mask, 0).to(ACC) - origin, 0)
+        centre = tl.sum(z, AXIS) * one_over_n
+        d = tl.where(mask, z - spread(centre, CHANNEL_IS_COLUMN), 0)
+        # The squares are taken around a rounded mean: sum(d) corrects both.
+        rest = tl.sum(d, AXIS)
+        square = tl.sum(d * d, AXIS) - rest * rest * one_over_n
+        total = count + n
+        weight = n / tl.maximum(total, 1)
+        step = centre + rest * one_over_n - mean
+        mean += step * weight
+        m2 += square + step * step * (count * weight)
+        count = total
+    size = tl.num_programs(1) * channels
+    part_ptr += split * channels + c
+    tl.store(part_ptr, mean, c < channels)
+    tl.store(part_ptr + size, m2, c < channels)
+    tl.store(part_ptr + 2 * size, count, c < channels)
+
+
+@triton.jit
+def update_running(ptr, c, mask, batch, factor):
+    """Equation (4)."""
+    old = tl.load(ptr + c, mask, 0).to(batch.dtype)
+    tl.store(ptr + c, (1 - factor) * old + factor * batch, mask)
+
+
+@triton.jit
+def finalise_moments_kernel(
+    z_ptr,  # its first values, origin_step apart
+    part_ptr,  # [3, splits, C] in ACC
+    mean_ptr,  # [C] in ACC
+    m2_ptr,
+    rstd_ptr,
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,
+    tracked_ptr,  # [] int64: the momentum is one over it; or None
+    momentum,
+    momentum_low,
+    eps,
+    eps_low,
+    origin_step,
+    channels,
+    splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Chan's formula for all splits at once, rstd, and the running statistics: equations (1) to (4)."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.arange(0, BLOCK_S)
+    mask = c < channels
+    inside = (s < splits)[:, None] & mask[None, :]
+    at = part_ptr + s[:, None] * channels + c[None, :]
+    size = splits * channels
+    n = tl.load(at + 2 * size, inside, 0)
+    count = tl.sum(n, 0)
+    one_over_count = 1 / tl.maximum(count, 1)
+    part_mean = tl.load(at, inside, 0)
+    mean = tl.sum(n * part_mean, 0) * one_over_count
+    d = tl.where(inside, part_mean - mean[None, :], 0)
+    mean += load_origin(z_ptr, c, mask, origin_step, ACC)
+    m2 = tl.sum(tl.load(at + size, inside, 0) + n * d * d, 0)
+    shifted = m2 * one_over_count + load_pair(eps, eps_low, ACC)
+    # The rounded square root exists for float32 alone; that of float64 always rounds.
+    root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
+    rstd = tl.where(shifted == 0, 0, 1 / root)
+    tl.store(mean_ptr + c, mean, mask)
+    tl.store(m2_ptr + c, m2, mask)
+    tl.store(rstd_ptr + c, rstd, mask)
+    if tracked_ptr is not None:
+        factor = 1 / tl.load(tracked_ptr).to(ACC)
+    else:
+        factor = load_pair(momentum, momentum_low, ACC)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr, c, mask, mean, factor)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr, c, mask, m2 / tl.maximum(count - 1, 1), factor)
+
+
+@triton.jit
+def load_channels(ptr, c, mask, default, ACC: tl.constexpr):
+    """A channel vector's values at c; the default where there is no vector."""
+    if ptr is None:
+        values = tl.full(c.shape, default, ACC)
+    else:
+        values = tl.load(ptr + c, mask, 0).to(ACC)
+    return values
+
+
+@triton.jit
+def tile_offsets(
+    rows,
+    columns,
+    channels,
+    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNEL_IS_COLUMN: tl.constexpr,
+):
+    """Of the tile of this program, counted from the end: element offsets, mask, channels, their mask, rows, columns."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    across = tl.cdiv(columns, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    if WIDE:
+        r = r.to(tl.int64)
+    r += tile // across * BLOCK_R
+    column = tile % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (r < rows)[:, None] & (column < columns)[None, :]
+    at = r[:, None] * columns + column[None, :]
+    if CHANNEL_IS_COLUMN:
+        c = column
+        c_mask = column < columns
+    else:
+        c = (r % channels).to(tl.int32)
+        c_mask = r < rows
+    return at, mask, c, c_mask, r, column
+
+
+@triton.jit
+def bit_places(r, column, rows, columns, BLOCK_C: tl.constexpr):
+    """Offsets [rows, columns / 8] of a tile's bytes of bits, and their mask."""
+    bytes_per_row = tl.cdiv(columns, 8)
+    byte = tl.min(column, 0) // 8 + tl.arange(0, BLOCK_C // 8)
+    return r[:, None] * bytes_per_row + byte[None, :], (r < rows)[:, None] & (byte < bytes_per_row)[
+        None, :
+    ]
+
+
+@triton.jit
+def bn_fwd_apply_kernel(
+    z_ptr,  # [rows, columns]
+    residual_ptr,  # as z, or None
+    y_ptr,
+    bits_ptr,  # [rows, ceil(columns / 8)] uint8, or None
+    mean_ptr,  # [C] in ACC
+    rstd_ptr,
+    gamma_ptr,  # [C] or None
+    beta_ptr,
+    rows,
+    columns,
+    channels,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CHANNEL_IS_COLUMN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Equations (5) and (6)."""
+    at, mask, c, c_mask, r, column = tile_offsets(
+        rows, columns, channels, WIDE, BLOCK_R, BLOCK_C, CHANNEL_IS_COLUMN
+    )
+    mean = tl.load(mean_ptr + c, c_mask, 0)
+    scale = load_channels(gamma_ptr, c, c_mask, 1, ACC) * tl.load(rstd_ptr + c, c_mask, 0)
+    beta = load_channels(beta_ptr, c, c_mask, 0, ACC)
+    z = tl.load(z_ptr + at, mask, 0).to(ACC)
+    pre = pre_activation(
+        z,
+        spread(mean, CHANNEL_IS_COLUMN),
+        spread(scale, CHANNEL_IS_COLUMN),
+        spread(beta, CHANNEL_IS_COLUMN),
+    )
+    if residual_ptr is not None:
+        pre += tl.load(residual_ptr + at, mask, 0).to(ACC)
+    y = act_value(pre, ACT, SLOPE).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask)
+    if bits_ptr is not None:
+        passes = act_passes(pre.to(y_ptr.dtype.element_ty).to(ACC), ACT)
+        places, inside = bit_places(r, column, rows, columns, BLOCK_C)
+        tl.store(bits_ptr + places, pack_bits(passes, BLOCK_R, BLOCK_C), inside)
+
+
+def launch_moments(
+    z: Tensor, view: View, split: Split, parts: Tensor, tracked: Tensor | None
+) -> None:
+    """bn_fwd_reduce_kernel on a dense, not empty z; parts [3, splits, C]."""
+    bn_fwd_reduce_kernel[(split.blocks, split.splits)](
+        z,
+        parts,
+        tracked,
+        view.rows,
+        view.columns,
+        view.channels,
+        split.per_split,
+        CHANNEL_IS_COLUMN=view.channel_is_column,
+        WIDE=is_wide(view),
+        BLOCK_R=split.rows,
+        BLOCK_C=split.columns,
+        ACC=TRITON_DTYPES[parts.dtype],
+        num_warps=WARPS,
+    )
+
+
+def finalise_moments(
+    z: Tensor,
+    view: View,
+    parts: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, M2 and rstd [C] from the partial results [3, splits, C]."""
+    _, splits, channels = parts.shape
+    mean, m2, rstd = (
+        torch.empty(channels, dtype=parts.dtype, device=parts.device) for _ in range(3)
+    )
+    block = 16
+    finalise_moments_kernel[(triton.cdiv(channels, block),)](
+        z,
+        parts,
+        mean,
+        m2,
+        rstd,
+        running_mean,
+        running_var,
+        num_batches_tracked if momentum is None and running_mean is not None else None,
+        *pair(momentum or 0.0),
+        *pair(eps),
+        1 if view.channel_is_column else view.columns,
+        channels,
+        splits,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_C=block,
+        ACC=TRITON_DTYPES[parts.dtype],
+        num_warps=WARPS,
+    )
+    return mean, m2, rstd
+
+
+def bn_fwd_reduce(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.bn_fwd_reduce."""
+    acc = accumulator(z.dtype)
+    with device_of(z):
+        if z.numel() == 0:
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            mean = torch.zeros(z.shape[1], dtype=acc, device=z.device)
+            return mean, mean.clone(), rstd_of(mean, eps)
+        z = dense(z)
+        view = view_of(z)
+        split = split_of(view)
+        parts = torch.empty((3, split.splits, view.channels), dtype=acc, device=z.device)
+        launch_moments(z, view, split, parts, num_batches_tracked)
+        running = (running_mean, running_var, num_batches_tracked)
+        return finalise_moments(z, view, parts, *running, momentum, eps)
+
+
+def bn_fwd_apply(
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """See reference.bn_fwd_apply."""
+    with device_of(z):
+        z = dense(z)
+        view = view_of(z)
+        y = torch.empty_like(z)
+        bits = torch.empty(view.bit_bytes if want_bits else 0, dtype=torch.uint8, device=z.device)
+        if z.numel() == 0:
+            return y, bits
+        rows, columns = tile_of(view)
+        bn_fwd_apply_kernel[(triton.cdiv(view.rows, rows) * triton.cdiv(view.columns, columns),)](
+            z,
+            None if residual is None else like(residual, z),
+            y,
+            bits if want_bits else None,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            view.rows,
+            view.columns,
+            view.channels,
+            ACT=act,
+            SLOPE=slope,
+            CHANNEL_IS_COLUMN=view.channel_is_column,
+            WIDE=is_wide(view),
+            BLOCK_R=rows,
+            BLOCK_C=columns,
+            ACC=TRITON_DTYPES[mean.dtype],
+            num_warps=WARPS,
+        )
+    return y, bits
+
+
+def bn_fwd_reduce_apply(z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.bn_fwd_reduce_apply."""
+    z = dense(z)
+    mean, _, rstd = bn_fwd_reduce(z, *args[:5])
+    return mean, rstd, *bn_fwd_apply(z, mean, rstd, *args[5:])

@@ -1,0 +1,48 @@
+"""What launchers share: dtypes, arguments, the current device."""
+
+import contextlib
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_SAME = contextlib.nullcontext()
+
+
+def device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as the current one: Triton launches on that, whatever its arguments."""
+    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+        return _SAME
+    return torch.cuda.device(t.device)
+
+
+def check_writable(dy: Tensor, *others: Tensor | None) -> None:
+    """Raises RuntimeError where elements of dy share a place in memory, or dy lies in the range of one of the others."""
+    if torch._debug_has_internal_overlap(dy) == 1:
+        raise RuntimeError(
+            "dy is to be written, and several of its elements share one place in memory"
+        )
+    begin, end = _range(dy)
+    for other in others:
+        if other is not None and begin < _range(other)[1] and _range(other)[0] < end:
+            raise RuntimeError("dy is to be written, and shares memory with z or the residual")
+
+
+def _range(t: Tensor) -> tuple[int, int]:
+    """Addresses from the first byte of t to behind its last."""
+    if t.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def pair(value: float) -> tuple[float, float]:
+    """A float64 as two floats whose sum in float64 is value to 48 bits; Triton passes floats as float32."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high

@@ -1,0 +1,109 @@
+"""How a tensor lies in memory, and the tiles that kernels take from it.
+
+A tensor is seen as a dense matrix [rows, columns] with columns next to each other in memory:
+    rows are pixels, columns are channels    channels_last, and tensors without a spatial size
+    rows are planes (n, c), columns pixels   contiguous (NCHW): the channel of row r is r % C
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import TRITON_DTYPES
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Elements of a tile: 32 per thread of 4 warps, which keeps 16-byte loads in flight without spilling.
+TILE = 4096
+REDUCED_TILE = 2048  # of a reduction, which also holds sums
+WARPS = 4
+# Programs that a reduction is split over at most: fixed, so that results do not depend on the device.
+PROGRAMS = 1024
+MOST_SPLITS = 128
+
+
+class View(NamedTuple):
+    """z as [rows, columns]; count is M, the number of values per channel."""
+
+    rows: int
+    columns: int
+    channels: int
+    channel_is_column: bool
+    count: int
+
+    @property
+    def bit_bytes(self) -> int:
+        """Bytes that hold one bit per element, each row beginning at a new byte."""
+        return self.rows * triton.cdiv(self.columns, 8)
+
+
+def dense(t: Tensor) -> Tensor:
+    """t in one of the two layouts, itself where it is in one already. Raises TypeError for a dtype that kernels do not take."""
+    if t.dtype not in TRITON_DTYPES:
+        raise TypeError(f"z is {t.dtype}; allowed are {', '.join(map(str, TRITON_DTYPES))}")
+    if t.is_contiguous():
+        return t
+    last = LAST.get(t.dim())
+    if last is not None and t.is_contiguous(memory_format=last):
+        return t
+    if t.dim() == 4:
+        return t.contiguous(memory_format=torch._prims_common.suggest_memory_format(t))
+    return t.contiguous()
+
+
+def like(t: Tensor, z: Tensor) -> Tensor:
+    """t in the layout of z, which is dense."""
+    if t.stride() == z.stride():
+        return t
+    return torch.empty_like(z, dtype=t.dtype).copy_(t)
+
+
+def view_of(z: Tensor) -> View:
+    """The view of a dense tensor [N, C, *]."""
+    batch, channels = z.shape[:2]
+    plane = 1
+    for size in z.shape[2:]:
+        plane *= size
+    if plane > 1 and z.is_contiguous():
+        return View(batch * channels, plane, channels, False, batch * plane)
+    return View(batch * plane, channels, channels, True, batch * plane)
+
+
+def tile_of(view: View, size: int | None = None) -> tuple[int, int]:
+    """(rows, columns) of a tile of at most size elements, TILE if not given."""
+    size = size or TILE
+    most = 128 if view.channel_is_column else 1024
+    columns = min(triton.next_power_of_2(max(view.columns, 8)), most, size)
+    return min(size // columns, triton.next_power_of_2(max(view.rows, 1))), columns
+
+
+class Split(NamedTuple):
+    """How a reduction is cut: rows, columns of a tile; blocks of channels; splits, the programs that share a block; per_split,
+    the tiles of each. Depends on the shape alone."""
+
+    rows: int
+    columns: int
+    blocks: int
+    splits: int
+    per_split: int
+
+
+def split_of(view: View) -> Split:
+    """The cut of a reduction over each channel's values. A tile of planes holds pixels of several channels of one image."""
+    rows, columns = tile_of(view, REDUCED_TILE)
+    if view.channel_is_column:
+        blocks = triton.cdiv(view.channels, columns)
+        tiles = triton.cdiv(view.rows, rows)
+    else:
+        rows = min(rows, triton.next_power_of_2(view.channels))
+        blocks = triton.cdiv(view.channels, rows)
+        tiles = view.rows // view.channels * triton.cdiv(view.columns, columns)
+    wanted = max(1, min(MOST_SPLITS, PROGRAMS // blocks, tiles))
+    per_split = triton.cdiv(tiles, wanted)
+    return Split(rows, columns, blocks, triton.cdiv(tiles, per_split), per_split)
+
+
+def is_wide(view: View) -> bool:
+    """Whether offsets need 64 bits; tiles at the end may reach past the tensor."""
+    return view.rows * view.columns + 2 * TILE >= 2**31
