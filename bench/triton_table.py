@@ -4,8 +4,8 @@ python -m bench.triton_table [--targets sm_90,gfx942] [--dtypes bf16] [--output 
 
 The launchers run as they are, on small tensors on the CPU; what they would launch is recorded and compiled. Columns:
 registers, spilled bytes, shared memory, theoretical occupancy, and the widths in bytes of the accesses to global memory.
-Exit status 1 where a kernel spills, or where an access to a tensor of activations is narrower than 16 bytes although the
-sizes allow it.
+Exit status 1 where a kernel spills, where no access to a tensor of activations is 16 bytes wide although the sizes allow it, or
+where a convolution uses no matrix instruction.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: they must be real ones
+os.environ["BNFAST_TRITON_CONV"] = "fused"  # the convolutions too
 
 import torch
 import triton
@@ -164,6 +165,19 @@ def launches(dtype: str) -> list[Launch]:
 
         variant = f"{dtype} {layout} {act}{' residual' if residual else ''}"
         found += record(step, variant)
+    for kernel, stride in ((1, 1), (3, 1), (3, 2)):
+        x = torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]).contiguous(
+            memory_format=torch.channels_last
+        )
+        weight = torch.zeros(128, 64, kernel, kernel, dtype=DTYPES[dtype])
+        padding = [kernel // 2] * 2
+
+        def convolve(x=x, weight=weight, stride=stride, padding=padding):
+            kernels.conv_fwd_reduce(
+                x, weight, None, [stride] * 2, padding, [1, 1], 1, None, None, None, 0.1, 1e-5
+            )
+
+        found += record(convolve, f"{dtype} {kernel}x{kernel} stride {stride}")
     unique = {}
     for launch in found:
         key = (launch.kernel.__name__, str(launch.signature), str(launch.constants))
@@ -197,11 +211,11 @@ def _nvidia(binary: bytes) -> tuple[int, int, dict, int]:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spilled = int(re.search(r"STACK:(\d+)", usage).group(1))
     widths = {"load": collections.Counter(), "store": collections.Counter()}
-    for kind, flags in re.findall(r"\b(LDG|STG)\.(\S+)", code):
+    for kind, flags in re.findall(r"\b(LDG|LDGSTS|STG)\.(\S+)", code):
         bits = re.search(r"\b(64|128|256)\b", flags.replace(".", " "))
         small = re.search(r"\b[US](8|16)\b", flags.replace(".", " "))
         width = int(bits.group(1)) // 8 if bits else int(small.group(1)) // 8 if small else 4
-        widths["load" if kind == "LDG" else "store"][width] += 1
+        widths["store" if kind == "STG" else "load"][width] += 1
     matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|DMMA)\b", code))
     return registers, spilled, widths, matrix
 
@@ -235,16 +249,22 @@ def compile_one(launch: Launch, target: str) -> Row:
 def problems(row: Row) -> list[str]:
     """What is wrong with a row: spills, and narrow accesses of the kernels that walk over activations."""
     found = []
+    is_conv = row.launch.kernel.__name__.startswith("conv")
+    if is_conv and not row.matrix:
+        found.append(f"{row.launch.name} for {row.target} uses no matrix instruction")
     if row.spilled:
         found.append(f"{row.launch.name} for {row.target} spills {row.spilled} bytes")
     if "finalise" not in row.launch.kernel.__name__:
         for kind, widths in row.widths.items():
-            if widths and max(widths) < 16 and "reduce" not in row.launch.kernel.__name__:
+            writes_channels_alone = (
+                kind == "store" and "reduce" in row.launch.kernel.__name__ and not is_conv
+            )
+            # AMD's matrix unit leaves four values side by side in a lane: 8 bytes of a 16-bit type.
+            least = 8 if is_conv and kind == "store" and row.target.startswith("gfx") else 16
+            if widths and max(widths) < least and not writes_channels_alone:
                 found.append(
                     f"{row.launch.name} for {row.target}: widest {kind} is {max(widths)} bytes"
                 )
-        if row.widths["load"] and max(row.widths["load"]) < 16:
-            found.append(f"{row.launch.name} for {row.target}: no load of 16 bytes")
     return found
 
 

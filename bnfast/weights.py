@@ -2,7 +2,8 @@
 
 An entry belongs to one weight tensor and dies with it. It is rebuilt when the weight is another tensor, moved, cast,
 restrided, changed in place (`_version`), or changed behind autograd's back (`weight.data`, numpy): a checksum over at most
-4,096 evenly spaced elements is compared at each use. A change that misses every sampled element needs `clear_cache()`.
+4,096 evenly spaced elements is compared at each use (on the CPU). A change that misses every sampled element, or one behind
+autograd's back on a GPU, needs `clear_cache()`.
 """
 
 import weakref
@@ -15,7 +16,7 @@ from torch import Tensor
 try:
     from ._C import clear_pool as _clear_pool
     from ._C import weight_checksum as _checksum
-except ImportError:  # then no backend transforms weights, and there is no pool
+except ImportError:  # then there is no pool
     _checksum = _clear_pool = None
 
 
@@ -71,5 +72,6 @@ def _state(weight: Tensor) -> tuple:
         weight.shape,
         weight.stride(),
         weight.device,
-        _checksum(weight),
+        # On a GPU to look at elements would be to wait for it.
+        _checksum(weight) if _checksum is not None and weight.device.type == "cpu" else None,
     )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 
@@ -14,10 +15,11 @@ from bnfast import dispatch, reference
 if dispatch.backends()["triton"] is not True:
     pytest.skip(str(dispatch.backends()["triton"]), allow_module_level=True)
 
+import test_backends
 import triton
 import triton.language as tl
 import triton_interpreter
-from bnfast.triton_kernels import launch, layout
+from bnfast.triton_kernels import conv, launch, layout
 
 from bnfast import triton_kernels
 
@@ -115,14 +117,64 @@ def test_meta_tensors_are_refused():
         bnfast.nn.BatchNormAct2d(3).to("meta")(x)
 
 
+fused_convolutions = pytest.mark.parametrize(
+    "conv", [c for c in test_backends.CONVOLUTIONS if len(c[1]) == 4], ids=lambda c: c[0]
+)
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:]
+)
+
+
+@fused_convolutions
+@dtypes
+@pytest.mark.parametrize(
+    "check", [test_backends.test_conv_fwd_reduce, test_backends.test_conv_dgrad]
+)
+def test_fused_convolution(conv, dtype, check, monkeypatch):
+    """What every backend's convolutions are tested for, with those that the kernel can take forced to go through it."""
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    backend = conftest.Backend("triton", triton_kernels, torch.device(DEVICE))
+    check(backend, dtype, "channels_last", conv)
+
+
+def test_fused_moments_of_many_tiles(monkeypatch):
+    """Several tiles per split, several splits, ragged in pixels and channels, far from 0: those of the stored z."""
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    monkeypatch.setattr(conv, "BLOCK_M", 16)
+    monkeypatch.setattr(conv, "MOST_SPLITS", 5)
+    x = torch.randn(3, 18, 7, 9).contiguous(memory_format=torch.channels_last).to(DEVICE)
+    weight, bias = (
+        torch.randn(21, 18, 3, 3, device=DEVICE) / 13,
+        torch.full((21,), 1e3, device=DEVICE),
+    )
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    z, mean, m2, rstd = triton_kernels.conv_fwd_reduce(
+        x, weight, bias, *geometry, None, None, None, 0.1, 1e-5
+    )
+    expected = reference.bn_fwd_reduce(z.double(), None, None, None, 0.1, 1e-5)
+    for a, e in zip((mean, m2, rstd), expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=0)
+
+
+def test_unknown_route_is_named(monkeypatch):
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "fast")
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 1, 1)
+    with pytest.raises(
+        ValueError, match="BNFAST_TRITON_CONV is 'fast'; allowed are 'cudnn' and 'fused'"
+    ):
+        triton_kernels.conv_forward(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_compile_for_chips_that_are_not_there(target):
-    """As they ship, in bfloat16: no spills, accesses of 16 bytes; bench/triton_table.py checks that and shows the rest."""
+    """As they ship, in bfloat16: no spills, accesses of 16 bytes, matrix instructions; bench/triton_table.py checks that and shows
+    the rest."""
     command = [sys.executable, "-m", "bench.triton_table", "--dtypes", "bf16", "--targets", target]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     for kernel in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply"):
         assert f"| {kernel}_kernel bf16 channels_last relu | {target} |" in run.stdout
+    assert f"| conv_fwd_reduce_kernel bf16 3x3 stride 2 | {target} |" in run.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,7 +1,7 @@
 """Triton's interpreter for tests: on machines without a GPU the kernels run there, on CPU tensors.
 
-Its cast from float32 to bfloat16 cuts bits off where the hardware rounds to nearest even; `install` puts PyTorch's rounding
-in its place. tests/test_triton.py verifies that.
+Its cast from float32 to bfloat16 cuts bits off where the hardware rounds to nearest even, and its matrix product takes bfloat16
+for integers; `install` puts PyTorch's rounding, and products in float32, in their place. tests/test_triton.py verifies the first.
 """
 
 import importlib.util
@@ -36,5 +36,13 @@ def install() -> bool:
         rounded = torch.from_numpy(np.array(src.data, dtype=np.float32)).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.uint16).numpy(), dst_type.scalar)
 
+    stock_dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        # It holds bfloat16 as integers, and multiplies those.
+        wide = [stock(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return stock_dot(self, *wide, *rest)
+
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
     return True

@@ -80,9 +80,37 @@ def load_origin(z_ptr, c, mask, step, ACC: tl.constexpr):
 
 
 @triton.jit
+def merge_tile(z, mask, n, mean, m2, count, CHANNEL_IS_COLUMN: tl.constexpr):
+    """Chan's merge of a tile's n values per channel, counted from the origin, with (mean, M2, count) of the tiles before:
+    N = na + nb, e = mean_b - mean_a, mean = mean_a + e nb / N, M2 = M2_a + M2_b + e^2 na nb / N. z is 0 outside of mask."""
+    AXIS: tl.constexpr = 0 if CHANNEL_IS_COLUMN else 1
+    one_over_n = 1 / tl.maximum(n, 1)
+    centre = tl.sum(z, AXIS) * one_over_n
+    d = tl.where(mask, z - spread(centre, CHANNEL_IS_COLUMN), 0)
+    # The squares are taken around a rounded mean: sum(d) corrects both.
+    rest = tl.sum(d, AXIS)
+    square = tl.sum(d * d, AXIS) - rest * rest * one_over_n
+    total = count + n
+    weight = n / tl.maximum(total, 1)
+    step = centre + rest * one_over_n - mean
+    return mean + step * weight, m2 + square + step * step * (count * weight), total
+
+
+@triton.jit
+def store_moments(part_ptr, split, splits, c, channels, origin, mean, m2, count):
+    """One split's partial result into [4, splits, C]."""
+    size = splits * channels
+    at = part_ptr + split * channels + c
+    tl.store(at, origin, c < channels)
+    tl.store(at + size, mean, c < channels)
+    tl.store(at + 2 * size, m2, c < channels)
+    tl.store(at + 3 * size, count, c < channels)
+
+
+@triton.jit
 def bn_fwd_reduce_kernel(
     z_ptr,  # [rows, columns]
-    part_ptr,  # [3, splits, C] in ACC: mean from the origin, M2, number of values
+    part_ptr,  # [4, splits, C] in ACC: origin, mean from there, M2, number of values
     tracked_ptr,  # [] int64 or None
     rows,
     columns,
@@ -94,16 +122,13 @@ def bn_fwd_reduce_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Moments of one split: each tile's mean, then its squares around that mean, then Chan's merge with the tiles before:
-    n = na + nb, e = mean_b - mean_a, mean = mean_a + e nb / n, M2 = M2_a + M2_b + e^2 na nb / n."""
-    AXIS: tl.constexpr = 0 if CHANNEL_IS_COLUMN else 1
+    """Moments of one split."""
     CHANNELS: tl.constexpr = BLOCK_C if CHANNEL_IS_COLUMN else BLOCK_R
     split = tl.program_id(1)
     if tracked_ptr is not None and tl.program_id(0) + split == 0:
         tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     origin = load_origin(z_ptr, c, c < channels, 1 if CHANNEL_IS_COLUMN else columns, ACC)
-    origin = spread(origin, CHANNEL_IS_COLUMN)
     mean = tl.zeros([CHANNELS], ACC)
     m2 = tl.zeros([CHANNELS], ACC)
     count = tl.zeros([CHANNELS], ACC)
@@ -111,25 +136,10 @@ def bn_fwd_reduce_kernel(
         at, mask, values, _, _ = reduced_tile(
             tile, c, rows, columns, channels, CHANNEL_IS_COLUMN, WIDE, BLOCK_R, BLOCK_C
         )
-        n = values.to(ACC)
-        one_over_n = 1 / tl.maximum(n, 1)
-        z = tl.where(mask, tl.load(z_ptr + at, mask, 0).to(ACC) - origin, 0)
-        centre = tl.sum(z, AXIS) * one_over_n
-        d = tl.where(mask, z - spread(centre, CHANNEL_IS_COLUMN), 0)
-        # The squares are taken around a rounded mean: sum(d) corrects both.
-        rest = tl.sum(d, AXIS)
-        square = tl.sum(d * d, AXIS) - rest * rest * one_over_n
-        total = count + n
-        weight = n / tl.maximum(total, 1)
-        step = centre + rest * one_over_n - mean
-        mean += step * weight
-        m2 += square + step * step * (count * weight)
-        count = total
-    size = tl.num_programs(1) * channels
-    part_ptr += split * channels + c
-    tl.store(part_ptr, mean, c < channels)
-    tl.store(part_ptr + size, m2, c < channels)
-    tl.store(part_ptr + 2 * size, count, c < channels)
+        z = tl.load(z_ptr + at, mask, 0).to(ACC) - spread(origin, CHANNEL_IS_COLUMN)
+        z = tl.where(mask, z, 0)
+        mean, m2, count = merge_tile(z, mask, values.to(ACC), mean, m2, count, CHANNEL_IS_COLUMN)
+    store_moments(part_ptr, split, tl.num_programs(1), c, channels, origin, mean, m2, count)
 
 
 @triton.jit
@@ -141,8 +151,7 @@ def update_running(ptr, c, mask, batch, factor):
 
 @triton.jit
 def finalise_moments_kernel(
-    z_ptr,  # its first values, origin_step apart
-    part_ptr,  # [3, splits, C] in ACC
+    part_ptr,  # [4, splits, C] in ACC
     mean_ptr,  # [C] in ACC
     m2_ptr,
     rstd_ptr,
@@ -153,7 +162,6 @@ def finalise_moments_kernel(
     momentum_low,
     eps,
     eps_low,
-    origin_step,
     channels,
     splits,
     BLOCK_S: tl.constexpr,
@@ -167,14 +175,17 @@ def finalise_moments_kernel(
     inside = (s < splits)[:, None] & mask[None, :]
     at = part_ptr + s[:, None] * channels + c[None, :]
     size = splits * channels
-    n = tl.load(at + 2 * size, inside, 0)
+    n = tl.load(at + 3 * size, inside, 0)
     count = tl.sum(n, 0)
     one_over_count = 1 / tl.maximum(count, 1)
-    part_mean = tl.load(at, inside, 0)
+    # From the first split's origin: the difference of two that lie close is exact.
+    origin = tl.load(part_ptr + c, mask, 0)
+    part_mean = tl.load(at, inside, 0) - origin[None, :] + tl.load(at + size, inside, 0)
+    part_mean = tl.where(inside, part_mean, 0)
     mean = tl.sum(n * part_mean, 0) * one_over_count
     d = tl.where(inside, part_mean - mean[None, :], 0)
-    mean += load_origin(z_ptr, c, mask, origin_step, ACC)
-    m2 = tl.sum(tl.load(at + size, inside, 0) + n * d * d, 0)
+    mean += origin
+    m2 = tl.sum(tl.load(at + 2 * size, inside, 0) + n * d * d, 0)
     shifted = m2 * one_over_count + load_pair(eps, eps_low, ACC)
     # The rounded square root exists for float32 alone; that of float64 always rounds.
     root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
@@ -289,7 +300,7 @@ def bn_fwd_apply_kernel(
 def launch_moments(
     z: Tensor, view: View, split: Split, parts: Tensor, tracked: Tensor | None
 ) -> None:
-    """bn_fwd_reduce_kernel on a dense, not empty z; parts [3, splits, C]."""
+    """bn_fwd_reduce_kernel on a dense, not empty z; parts [4, splits, C]."""
     bn_fwd_reduce_kernel[(split.blocks, split.splits)](
         z,
         parts,
@@ -308,8 +319,6 @@ def launch_moments(
 
 
 def finalise_moments(
-    z: Tensor,
-    view: View,
     parts: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -317,14 +326,13 @@ def finalise_moments(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, M2 and rstd [C] from the partial results [3, splits, C]."""
+    """mean, M2 and rstd [C] from the partial results [4, splits, C]; at most `layout.MOST_SPLITS` splits."""
     _, splits, channels = parts.shape
     mean, m2, rstd = (
         torch.empty(channels, dtype=parts.dtype, device=parts.device) for _ in range(3)
     )
     block = 16
     finalise_moments_kernel[(triton.cdiv(channels, block),)](
-        z,
         parts,
         mean,
         m2,
@@ -334,7 +342,6 @@ def finalise_moments(
         num_batches_tracked if momentum is None and running_mean is not None else None,
         *pair(momentum or 0.0),
         *pair(eps),
-        1 if view.channel_is_column else view.columns,
         channels,
         splits,
         BLOCK_S=triton.next_power_of_2(splits),
@@ -364,10 +371,10 @@ def bn_fwd_reduce(
         z = dense(z)
         view = view_of(z)
         split = split_of(view)
-        parts = torch.empty((3, split.splits, view.channels), dtype=acc, device=z.device)
+        parts = torch.empty((4, split.splits, view.channels), dtype=acc, device=z.device)
         launch_moments(z, view, split, parts, num_batches_tracked)
         running = (running_mean, running_var, num_batches_tracked)
-        return finalise_moments(z, view, parts, *running, momentum, eps)
+        return finalise_moments(parts, *running, momentum, eps)
 
 
 def bn_fwd_apply(
