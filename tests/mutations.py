@@ -1,4 +1,5 @@
-"""Do the phase tests notice a bug? Plants one at a time into a copy of the tree, rebuilds, and expects red.
+"""Do the phase tests notice a bug? Plants one at a time into a copy of the tree, rebuilds, and expects red. Mutants of Triton
+kernels need no build and run in its interpreter.
 
     python tests/mutations.py [--only PART_OF_A_NAME] [--check] [--jobs N]
 
@@ -21,6 +22,8 @@ KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
 VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
+TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
+TRITON_ACTIVATION, TRITON_CONV = "triton_kernels/activation.py", "triton_kernels/conv.py"
 COPIED = (
     "setup.py",
     "pyproject.toml",
@@ -37,6 +40,12 @@ TESTS = (
     "tests/test_squeeze.py",
     "tests/test_winograd.py",
 )
+TRITON_TESTS = (
+    "tests/test_triton.py",
+    "tests/test_backends.py",
+    "--deselect=tests/test_triton.py::test_kernels_compile_for_chips_that_are_not_there",
+    "-k=triton",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Mutation:
     file: str
     old: str
     new: str
+
+    @property
+    def is_triton(self) -> bool:
+        return self.file.startswith("triton_kernels/")
 
 
 MUTATIONS = [
@@ -502,6 +515,91 @@ MUTATIONS = [
         "x, weight, bias, stride, padding, dilation, False",
         "x, weight, None, stride, padding, dilation, False",
     ),
+    # Triton
+    Mutation(
+        "bn_fwd_reduce",
+        "triton: tiles merged without the distance of their means",
+        TRITON_FWD,
+        "m2 + square + step * step * (count * weight)",
+        "m2 + square",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "triton: squares around 0",
+        TRITON_FWD,
+        "d = tl.where(mask, z - spread(centre, CHANNEL_IS_COLUMN), 0)",
+        "d = tl.where(mask, z, 0)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "triton: splits merged without the distance of their means",
+        TRITON_FWD,
+        "inside, 0) + n * d * d, 0)",
+        "inside, 0), 0)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "triton: gamma forgotten",
+        TRITON_FWD,
+        "scale = load_channels(gamma_ptr, c, c_mask, 1, ACC) * tl.load(rstd_ptr + c, c_mask, 0)",
+        "scale = tl.load(rstd_ptr + c, c_mask, 0)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "triton: bits from the pre-activation before rounding",
+        TRITON_FWD,
+        "act_passes(pre.to(y_ptr.dtype.element_ty).to(ACC), ACT)",
+        "act_passes(pre, ACT)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "triton: bits in reverse",
+        TRITON_ACTIVATION,
+        "tl.sum(eight << shifts, 2)",
+        "tl.sum(eight << (7 - shifts), 2)",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "triton: z not centred",
+        TRITON_BWD,
+        "db * (z - mean), 0)",
+        "db * z, 0)",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "triton: dgamma not scaled by rstd",
+        TRITON_BWD,
+        "inside, 0), 0) * tl.load(rstd_ptr + c, mask, 0)",
+        "inside, 0), 0)",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "triton: without the mean of db",
+        TRITON_BWD,
+        "(db - shift_db) - ",
+        "db - ",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "triton: the row above the input is read",
+        TRITON_CONV,
+        "m_mask & (ih >= 0) & (ih < height)",
+        "m_mask & (ih < height)",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "triton: moments of what was not rounded",
+        TRITON_CONV,
+        "value = tl.where(mask, z.to(ACC), 0)",
+        "value = tl.where(mask, acc + bias[None, :], 0)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "triton: kernel not rotated",
+        TRITON_CONV,
+        "_packed(w.flip((2, 3)).transpose(0, 1), dz.dtype)",
+        "_packed(w.transpose(0, 1), dz.dtype)",
+    ),
 ]
 
 
@@ -531,6 +629,8 @@ def copy_tree(to: Path) -> None:
             shutil.copytree(source, to / name, ignore=unwanted)
         elif source.exists():
             shutil.copy2(source, to / name)
+    # As an installation has it: without this the tree's own would be imported.
+    (to / "bnfast" / "triton_kernels").symlink_to(to / "triton_kernels")
     # A mutant is as wrong at -O1 and in the baseline alone, and builds in a fifth of the time.
     setup = to / "setup.py"
     setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
@@ -544,7 +644,6 @@ def copy_tree(to: Path) -> None:
 def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     env["BNFAST_WINOGRAD"] = "1"  # which the baseline uses only when told to
-    env["TRITON_INTERPRET"] = "0"  # these are mutants of the compiled kernels
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
@@ -554,8 +653,8 @@ def build(tree: Path, jobs: int) -> str | None:
     return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
 
-def first_failure(tree: Path) -> str | None:
-    """The first failing test; None where all pass. Raises RuntimeError where the tests could not run."""
+def first_failure(tree: Path, is_triton: bool = False) -> str | None:
+    """The first failing test, of Triton's or of the others; None where all pass. RuntimeError where they could not run."""
     command = [
         sys.executable,
         "-m",
@@ -565,9 +664,9 @@ def first_failure(tree: Path) -> str | None:
         "--tb=no",
         "-p",
         "no:cacheprovider",
-        *TESTS,
+        *(TRITON_TESTS if is_triton else TESTS),
     ]
-    done = run(command, tree)
+    done = run(command, tree, TRITON_INTERPRET="1" if is_triton else "0")
     if done.returncode == 0:
         return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -601,7 +700,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bnfast-mutations-") as folder:
         tree = Path(folder)
         copy_tree(tree)
-        error = build(tree, args.jobs) or first_failure(tree)
+        kinds = {m.is_triton for m in chosen}
+        error = build(tree, args.jobs) if False in kinds else None
+        for kind in kinds:
+            error = error or first_failure(tree, kind)
         if error:
             print(f"the unmutated copy is not green: {error}")
             return 1
@@ -617,7 +719,7 @@ def tried(m: Mutation, tree: Path, jobs: int) -> bool:
     path.write_text(original.replace(m.old, m.new))
     try:
         error = None if m.file.endswith(".py") else build(tree, jobs)
-        seen = None if error else first_failure(tree)
+        seen = None if error else first_failure(tree, m.is_triton)
     finally:
         path.write_text(original)
     verdict = f"does not build:\n{error}" if error else (seen or "SURVIVED")
