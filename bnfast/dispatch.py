@@ -82,7 +82,6 @@ def pick(name: str, device: torch.device) -> str:
 def module(name: str) -> ModuleType:
     """The module of a backend that `pick` named."""
     if name not in _MODULES:
-        _MODULES[name] = importlib.import_module(
-            "bnfast.triton_kernels"
-        )  # costs a moment: at its first use
+        # Not at the top: importing Triton costs a moment.
+        _MODULES[name] = importlib.import_module("bnfast.triton_kernels")
     return _MODULES[name]

@@ -200,7 +200,9 @@ def _convolve(
         BLOCK_J=BLOCK_J,
         ACC=TRITON_DTYPES[acc],
         PRECISION="ieee" if ieee or x.dtype != torch.float32 else "tf32",
-        num_warps=WARPS,
+        num_warps=WARPS
+        if x.element_size() == 2
+        else 2 * WARPS,  # sums of a wider product need more registers
     )
     return z, parts
 
