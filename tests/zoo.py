@@ -150,8 +150,10 @@ def _raft_in(dtype: torch.dtype) -> Iterator[None]:
             module.make_coords_grid = plain
 
 
-def compare(name: str, want: dict, got: dict, rtol: float, strides: bool = True) -> None:
-    """Raises AssertionError where two steps differ."""
+def compare(
+    name: str, want: dict, got: dict, rtol: float, strides: bool = True, loose: bool = False
+) -> None:
+    """Raises AssertionError where two steps differ in any element; loosely, in the root of the mean square."""
     assert want.keys() == got.keys()
     largest = max(
         (t.abs().max().item() for k, t in want.items() if k.startswith("grad") and t is not None),
@@ -166,9 +168,10 @@ def compare(name: str, want: dict, got: dict, rtol: float, strides: bool = True)
         if strides and key.startswith("output"):
             assert actual.stride() == expected.stride(), f"{name}: {key}: strides"
         scale = largest if key.startswith("grad") else max(expected.abs().max().item(), 1e-30)
-        error = (
-            (actual.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
-        )
+        difference = actual.double() - expected.double()
+        error = 0.0
+        if expected.numel():
+            error = (difference.square().mean().sqrt() if loose else difference.abs().max()).item()
         assert error <= rtol * scale, (
             f"{name}: {key}: differs by {error:.3g} at a scale of {scale:.3g}"
         )
@@ -202,11 +205,12 @@ def check(name: str, float32: bool = True) -> bnfast.Report:
         plain, converted = plain.float(), converted.float()
         got = step(converted, name, torch.float32, False)
         try:
-            compare(name, step(plain, name, torch.float32, False), got, 2e-2)
+            compare(name, step(plain, name, torch.float32, False), got, 2e-2, loose=True)
         except AssertionError:
             # A ReLU's mask may flip between stock PyTorch's own two layouts; converted models run in the second.
             plain = plain.to(memory_format=torch.channels_last)
-            compare(name, step(plain, name, torch.float32, False), got, 2e-2, strides=False)
+            want = step(plain, name, torch.float32, False)
+            compare(name, want, got, 2e-2, strides=False, loose=True)
     report = bnfast.explain(converted)
     norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in converted.modules())
     assert len(report.fused) + len(report.left) == norms
