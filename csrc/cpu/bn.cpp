@@ -277,15 +277,6 @@ void for_units(int64_t units, F f) {
   });
 }
 
-// The same from the end to the beginning, for reductions: what was written last is still in the cache, and the elementwise
-// phase that follows begins with what the reduction read last.
-template <class F>
-void for_units_backwards(int64_t units, F f) {
-  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = end; u-- > begin;) f(u);
-  });
-}
-
 // Runs an elementwise phase over the whole tensor.
 void apply_all(const Layout& l, const BnTensors& t, void (*rows)(const BnTensors&, RowSpan),
                void (*planes)(const BnTensors&, PlaneSpan)) {
@@ -429,7 +420,7 @@ Statistics reduce(const Tensor& z, const Layout& l, double eps) {
     if (l.rows) {
       const RowUnits units(l);
       Partials partials(units.units, l.length, at::kDouble);
-      for_units_backwards(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
+      for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
         std::vector<double> scratch(3 * l.length);
         kernels.fwd_reduce_rows(t, units.span(u), partials.first_row<double>(u), partials.second_row<double>(u),
                                 scratch.data());
@@ -444,7 +435,7 @@ Statistics reduce(const Tensor& z, const Layout& l, double eps) {
     } else {
       const PlaneUnits units(l);
       Partials partials(units.slices, l.channels, at::kDouble);
-      for_units_backwards(units.units(), [&](int64_t u) {
+      for_units(units.units(), [&](int64_t u) {
         const int64_t slice = units.slice(u);
         kernels.fwd_reduce_planes(t, units.span(u), partials.first_row<double>(slice), partials.second_row<double>(slice));
       });
@@ -629,7 +620,7 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
     const RowUnits units(l);
     Partials partials(units.units, l.length, c10::CppTypeToScalarType<A>::value);
     A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
-    for_units_backwards(units.units, [&](int64_t u) {
+    for_units(units.units, [&](int64_t u) {
       kernels.bwd_reduce_rows(b.tensors, units.span(u), first + u * l.length, second + u * l.length);
     });
     sums.merge(l, partials, all);
@@ -637,7 +628,7 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
     const PlaneUnits units(l);
     Partials partials(units.slices, l.channels, c10::CppTypeToScalarType<A>::value);
     A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
-    for_units_backwards(units.units(), [&](int64_t u) {
+    for_units(units.units(), [&](int64_t u) {
       const int64_t at = units.slice(u) * l.channels;
       kernels.bwd_reduce_planes(b.tensors, units.span(u), first + at, second + at);
     });
