@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import onednn, reference, weights, winograd
+from . import onednn, pointwise, reference, weights, winograd
 from .reference import accumulator
 
 try:
@@ -49,6 +49,9 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
         turned = weights.transformed(weight, "winograd", winograd.transformed_weight)
         return torch.ops.bnfast.winograd_conv.default(x, turned, bias, weight.shape[0], padding)
+    if _runs_as_pointwise(x, weight, stride, padding, groups):
+        packed = _pointwise_weight(weight)
+        return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
     dtype = x.dtype
     return _direct_conv(
         x, weight, ("cast", dtype), lambda w: w.to(dtype), bias, stride, padding, dilation, groups
@@ -80,13 +83,37 @@ def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
     )
 
 
+def _runs_as_pointwise(x, weight, stride, padding, groups):
+    """A 1x1 convolution of stride 1 of x in channels_last, where our own product pays."""
+    return (
+        weight.dim() == 4
+        and _memory_format(x) == torch.channels_last
+        and pointwise.serves(x, weight.shape[2:], stride, padding, groups, _capability)
+    )
+
+
+def _pointwise_weight(weight):
+    return weights.transformed(weight, "pointwise", pointwise.packed_weight)
+
+
+def _transposed_pointwise_weight(weight):
+    return weights.transformed(
+        weight, "pointwise transposed", lambda w: pointwise.packed_weight(w.transpose(0, 1))
+    )
+
+
 def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     z = _conv_forward(x, weight, bias, stride, padding, dilation, groups)
     return z, *bn_fwd_reduce(z, *stats)
 
 
 def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *rest):
-    """The convolution, and the phases behind it in one call: a plane is normalised while it is in the cache."""
+    """The convolution, and the phases behind it in one call: a 1x1 convolution's pixels are reduced, or a plane is normalised,
+    while they are in the cache."""
+    if _is_eager(x) and _runs_as_pointwise(x, weight, stride, padding, groups):
+        return torch.ops.bnfast.pointwise_fwd_reduce_apply.default(
+            x, _pointwise_weight(weight), bias, weight.shape[0], *rest
+        )
     z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
     return z, *bn_fwd_reduce_apply(z, *rest)
 
@@ -137,6 +164,9 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
             weight, "winograd rotated", lambda w: winograd.transformed_weight(rotated(w))
         )
         return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
+    if _runs_as_pointwise(dz, weight, ones, margin, groups):
+        packed = _transposed_pointwise_weight(weight)
+        return torch.ops.bnfast.pointwise_conv.default(dz, packed, None, weight.shape[1])
     form = ("rotated", groups, dz.dtype, layout)
     return _direct_conv(dz, weight, form, rotated, None, ones, margin, dilation, groups)
 
@@ -271,6 +301,26 @@ def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
     )
 
 
+def _fake_pointwise_conv(x, weights, bias, out_channels):
+    return torch.empty(
+        (x.shape[0], out_channels, *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _fake_pointwise_fwd_reduce_apply(x, weights, bias, out_channels, *rest):
+    z = _fake_pointwise_conv(x, weights, bias, out_channels)
+    return z, *_fake_bn_fwd_reduce_apply(z, *rest)
+
+
+def _fake_pointwise_bwd_reduce_apply_dgrad(dy, z, *args):
+    *state, weights, in_channels = args
+    dgamma, dbeta, _, dresidual = _fake_bn_bwd_reduce_apply(dy, z, *state)
+    return dgamma, dbeta, _fake_pointwise_conv(z, weights, None, in_channels), dresidual
+
+
 def _fake_winograd_conv(x, weights, bias, out_channels, padding):
     sizes = [size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True)]
     return torch.empty(
@@ -288,15 +338,29 @@ def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     return torch.empty(shape, dtype=dz.dtype, device=dz.device, memory_format=_memory_format(dz))
 
 
+def _is_eager(tensor):
+    """Whether what is called now runs now, on a tensor that is nothing else."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor
+
+
 def _direct_in_eager(operator, kernel):
     """Calls a kernel that is Python without the dispatcher, which costs it as much as a small convolution."""
 
     def call(tensor, *args):
-        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-            return operator(tensor, *args)
-        return kernel(tensor, *args)
+        return kernel(tensor, *args) if _is_eager(tensor) else operator(tensor, *args)
 
     return call
+
+
+def bn_bwd_reduce_apply_dgrad(dy, z, *args):
+    """See reference.bn_bwd_reduce_apply_dgrad. The dz of a 1x1 convolution never leaves the cache."""
+    *state, _, weight, _, stride, padding, _, groups = args
+    if _is_eager(z) and _runs_as_pointwise(z, weight, stride, padding, groups):
+        packed = _transposed_pointwise_weight(weight)
+        return torch.ops.bnfast.pointwise_bwd_reduce_apply_dgrad.default(
+            dy, z, *state, packed, weight.shape[1]
+        )
+    return _bn_bwd_reduce_apply_dgrad(dy, z, *args)
 
 
 if unavailable is None:
@@ -322,6 +386,9 @@ if unavailable is None:
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
         ("depthwise_dgrad", _fake_depthwise_dgrad),
+        ("pointwise_conv", _fake_pointwise_conv),
+        ("pointwise_fwd_reduce_apply", _fake_pointwise_fwd_reduce_apply),
+        ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
         ("winograd_conv", _fake_winograd_conv),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),
         ("bn_fwd_apply", _fake_bn_fwd_apply),
@@ -347,6 +414,9 @@ if unavailable is None:
     bn_bwd_apply_ = torch.ops.bnfast.bn_bwd_apply_.default
     bn_bwd_reduce_apply = torch.ops.bnfast.bn_bwd_reduce_apply.default
     bn_bwd_reduce_apply_ = torch.ops.bnfast.bn_bwd_reduce_apply_.default
+    _bn_bwd_reduce_apply_dgrad = reference.followed_by_dgrad(
+        bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad
+    )
     se_bwd_reduce = torch.ops.bnfast.se_bwd_reduce.default
 
 

@@ -250,6 +250,7 @@ class _Chain(torch.autograd.Function):
                 ctx.specs[i]
             )
             weight, gamma, beta, z, mean, rstd, bits, hidden = saved[8 * i : 8 * i + 8]
+            conv = (ctx.input_sizes[i], stride, padding, dilation, groups)
             needs_input = needs_x or any(needs[: 8 * i])
             first = 8 * i
             if normalize:
@@ -259,9 +260,14 @@ class _Chain(torch.autograd.Function):
                 want = needs_residual and not is_dresidual
                 if is_dresidual:
                     grads[first + _RESIDUAL] = dy
-                over_dy = ours and not is_dresidual and dy.stride() == z.stride()
+                may_overwrite = ours and not is_dresidual
+                over_dy = may_overwrite and dy.stride() == z.stride()
                 dgamma = dbeta = dresidual = None
-                if batch_stats and needs_input:
+                if batch_stats and needs_input and weight is not None:
+                    dgamma, dbeta, dy, dresidual = phases.bn_bwd_reduce_apply_dgrad(
+                        *state, act, slope, want, may_overwrite, weight, *conv
+                    )
+                elif batch_stats and needs_input:
                     if over_dy:
                         dgamma, dbeta, dresidual = phases.bn_bwd_reduce_apply_(
                             *state, act, slope, want
@@ -288,10 +294,8 @@ class _Chain(torch.autograd.Function):
                     grads[first + _RESIDUAL] = dresidual
             if not needs_input:
                 break
-            if weight is not None:
-                dy = phases.conv_dgrad(
-                    dy, weight, ctx.input_sizes[i], stride, padding, dilation, groups
-                )
+            if weight is not None and not (normalize and batch_stats):
+                dy = phases.conv_dgrad(dy, weight, *conv)
             if squeeze is not None:
                 at = next(squeezes)
                 dy = _squeeze_backward(phases, dy, saved[at : at + 5], squeeze, ctx.specs, saved, i)

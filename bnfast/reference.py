@@ -30,8 +30,8 @@ Shapes and dtypes, the same for all phases and backends: z, dy, residual [N, C, 
 mean, m2, rstd, dgamma, dbeta [C] float32 (float64 for float64); gamma, beta, running_mean, running_var [C] in any of these
 dtypes, or None; bits is a private uint8 tensor: whoever wrote it in `bn_fwd_apply` reads it in the backward phases.
 
-Two phases in one (`bn_fwd_reduce_apply`, `bn_bwd_reduce_apply`, `conv_fwd_reduce_apply`) are their composition, and nothing else;
-a name that ends in an underscore writes dz over dy.
+Phases in one (`bn_fwd_reduce_apply`, `bn_bwd_reduce_apply`, `conv_fwd_reduce_apply`, `bn_bwd_reduce_apply_dgrad`) are their
+composition, and nothing else; a name that ends in an underscore writes dz over dy.
 """
 
 from collections.abc import Sequence
@@ -320,6 +320,32 @@ def conv_dgrad(
     return torch.convolution(
         dz, weight, None, stride, padding, dilation, True, output_padding, groups
     )
+
+
+def followed_by_dgrad(bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad):
+    """The composition of three phases of a backend, `bn_bwd_reduce_apply_dgrad`."""
+
+    def bn_bwd_reduce_apply_dgrad(
+        dy: Tensor, z: Tensor, *args
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """bn_bwd_reduce_apply and conv_dgrad: (dgamma, dbeta, dx, dresidual).
+
+        args: the other arguments of bn_bwd_reduce_apply, may_overwrite (whether dy may be written to), and the arguments of
+        conv_dgrad behind dz.
+        """
+        *state, may_overwrite, weight, input_size, stride, padding, dilation, groups = args
+        if may_overwrite and dy.stride() == z.stride():
+            dgamma, dbeta, dresidual = bn_bwd_reduce_apply_(dy, z, *state)
+            dz = dy
+        else:
+            dgamma, dbeta, dz, dresidual = bn_bwd_reduce_apply(dy, z, *state)
+        dx = conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
+        return dgamma, dbeta, dx, dresidual
+
+    return bn_bwd_reduce_apply_dgrad
+
+
+bn_bwd_reduce_apply_dgrad = followed_by_dgrad(bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad)
 
 
 def se_fwd(

@@ -38,6 +38,16 @@ TORCH_LIBRARY(bnfast, m) {
       "-> Tensor");
   m.def(
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("pointwise_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
+  m.def(
+      "pointwise_fwd_reduce_apply(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? gamma, Tensor? beta, "
+      "Tensor? residual, str act, float slope, bool want_bits) "
+      "-> (Tensor z, Tensor mean, Tensor rstd, Tensor y, Tensor bits)");
+  m.def(
+      "pointwise_bwd_reduce_apply_dgrad(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, "
+      "Tensor? residual, Tensor? bits, str act, float slope, bool want_dresidual, Tensor weights, SymInt in_channels) "
+      "-> (Tensor dgamma, Tensor dbeta, Tensor dx, Tensor dresidual)");
   m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
 }
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
 VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
+POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
 TRITON_ACTIVATION, TRITON_CONV = "triton_kernels/activation.py", "triton_kernels/conv.py"
@@ -39,6 +40,7 @@ TESTS = (
     "tests/test_backends.py",
     "tests/test_squeeze.py",
     "tests/test_winograd.py",
+    "tests/test_pointwise.py",
 )
 TRITON_TESTS = (
     "tests/test_triton.py",
@@ -481,6 +483,55 @@ MUTATIONS = [
         "FloatBlock(0)",
     ),
     Mutation(
+        "conv_fwd_reduce",
+        "pointwise: rows behind the last tile forgotten",
+        POINTWISE,
+        "for (; r < end; ++r) tile(std::integral_constant<int, 1>{}, r);",
+        "",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "pointwise: the last rows again, a row too early",
+        POINTWISE,
+        "tile(std::integral_constant<int, kNarrowRows>{}, end - kNarrowRows);",
+        "tile(std::integral_constant<int, kNarrowRows>{}, end - kNarrowRows - 1);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "pointwise: a partial block of channels written whole",
+        POINTWISE,
+        "if constexpr (b + 1 == kBlocks) store(to, sum, lanes);",
+        "if constexpr (b + 1 == kBlocks) store_block(to, sum);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "pointwise: the bias of the first block for all",
+        POINTWISE,
+        "load_block(d.bias + (block + b) * kBlock)",
+        "load_block(d.bias + b * kBlock)",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "pointwise: the partial row is reduced before it is written",
+        OPERATORS,
+        "if (produce) (*produce)(units.span(last).begin / l.channels, l.count());",
+        "",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "pointwise: dz of the first chunk for all",
+        POINTWISE_OPERATORS,
+        "dz.write(from, to, part);",
+        "dz.write(begin, begin + to - from, part);",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "pointwise: weights not transposed",
+        NATIVE,
+        "pointwise.packed_weight(w.transpose(0, 1))",
+        "pointwise.packed_weight(w.reshape(w.shape[1], w.shape[0], 1, 1))",
+    ),
+    Mutation(
         "conv_dgrad",
         "winograd: kernel not rotated",
         NATIVE,
@@ -643,7 +694,8 @@ def copy_tree(to: Path) -> None:
 
 def run(command: list[str], tree: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    env["BNFAST_WINOGRAD"] = "1"  # which the baseline uses only when told to
+    # Which the baseline uses only when told to.
+    env["BNFAST_WINOGRAD"] = env["BNFAST_POINTWISE"] = "1"
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 

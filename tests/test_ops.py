@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bnfast
-from bnfast import dispatch, native, ops, reference, weights, winograd
+from bnfast import dispatch, native, ops, pointwise, reference, weights, winograd
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
 ACTIVATIONS = {
@@ -221,6 +221,26 @@ def operator_inputs(name: str):
             yield (x, weights, torch.randn(out), out, padding)
             yield (x, weights, None, out, padding)
         return
+    if name.startswith("pointwise_"):
+        for (channels, out), act in zip(((20, 18), (3, 32)), acts, strict=False):
+            frozen = torch.randn(out, channels, 1, 1)
+            x, z, dy = (
+                torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last)
+                for c in (channels, out, out)
+            )
+            vectors = tuple(torch.rand(4, out) + 0.5)  # mean, rstd, gamma, beta
+            if name == "pointwise_bwd_reduce_apply_dgrad":
+                turned = pointwise.packed_weight(frozen.transpose(0, 1))
+                for want in (False, True):
+                    yield (dy, z, *vectors, None, None, act, 0.01, want, turned, channels)
+                continue
+            conv = (x, pointwise.packed_weight(frozen), torch.randn(out), out)
+            if name == "pointwise_conv":
+                yield conv
+                continue
+            tail = (0.1, 1e-5, *vectors[2:], dy, act, 0.01, act in reference.BIT_ACTS)
+            yield (*conv, *statistics(out, torch.float32), *tail)
+        return
     if name == "depthwise_dgrad":
         for kernel, dtype in zip((1, 3, 5), dtypes, strict=False):
             dz = lay_out(torch.randn(2, 5, 4, 3, dtype=dtype), "channels_last")
@@ -327,7 +347,12 @@ def test_operators_are_the_phases():
         "conv_dgrad",
     } <= phases
     # A few small PyTorch operations, and two operators one after the other.
-    no_operators = {"se_fwd", "se_bwd_apply", "conv_fwd_reduce_apply"}
+    no_operators = {
+        "se_fwd",
+        "se_bwd_apply",
+        "conv_fwd_reduce_apply",
+        "bn_bwd_reduce_apply_dgrad",
+    }
     assert phases - {"accumulator"} - no_operators <= set(registered_operators())
 
 

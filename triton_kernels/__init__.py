@@ -18,6 +18,7 @@ from .bn_bwd import (
 )
 from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply
 from .conv import (
+    bn_bwd_reduce_apply_dgrad,
     conv_dgrad,
     conv_forward,
     conv_fwd_reduce,
@@ -33,6 +34,7 @@ __all__ = [
     "bn_bwd_reduce",
     "bn_bwd_reduce_apply",
     "bn_bwd_reduce_apply_",
+    "bn_bwd_reduce_apply_dgrad",
     "bn_fwd_apply",
     "bn_fwd_reduce",
     "bn_fwd_reduce_apply",

@@ -17,6 +17,7 @@ from torch import Tensor
 from bnfast import reference, weights
 from bnfast.reference import accumulator, conv_output_size, se_bwd_apply, se_fwd
 
+from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_
 from .bn_fwd import (
     bn_fwd_apply,
     bn_fwd_reduce,
@@ -29,6 +30,7 @@ from .launch import TRITON_DTYPES, device_of
 from .layout import MOST_SPLITS, PROGRAMS, WARPS, dense
 
 __all__ = [
+    "bn_bwd_reduce_apply_dgrad",
     "conv_dgrad",
     "conv_forward",
     "conv_fwd_reduce",
@@ -306,3 +308,8 @@ def se_bwd_reduce(dy, z, mean, rstd, gamma, beta, act, slope):
     x = z if mean is None else bn_fwd_apply(z, mean, rstd, gamma, beta, None, act, slope, False)[0]
     acc = accumulator(z.dtype)
     return (dy.to(acc) * x.to(acc)).sum((2, 3))
+
+
+bn_bwd_reduce_apply_dgrad = reference.followed_by_dgrad(
+    bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad
+)

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bn_fused.h"
 #include "capability_table.h"
 #include "pool.h"
 
@@ -22,7 +23,6 @@ namespace bnfast {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlockLanes = 16;
 constexpr int64_t kUnit = 65536;         // elements of one unit of a reduction
@@ -199,8 +199,14 @@ struct RowUnits {
       : length(l.length),
         whole(l.whole_rows()),
         tail(l.numel() % l.length),
-        rows_per_unit(std::max<int64_t>({1, kUnit / l.length, ceil_div(l.whole_rows(), kMaxUnits)})),
+        rows_per_unit(std::max<int64_t>(1, ceil_div(whole, balanced(ceil_div(whole * length, kUnit))))),
         units(ceil_div(whole, rows_per_unit) + (tail ? 1 : 0)) {}
+
+  // A number of units that is shared out evenly among a usual number of threads.
+  static int64_t balanced(int64_t units) {
+    if (units <= 2) return std::max<int64_t>(1, units);
+    return units <= 4 ? 4 : std::min(kMaxUnits, ceil_div(units, 8) * 8);
+  }
 
   bool is_tail(int64_t u) const { return tail && u == units - 1; }
   RowSpan span(int64_t u) const {
@@ -409,8 +415,9 @@ void check_running(const Tensor& z, const OptionalTensor& running_mean, const Op
               "bnfast: momentum is None; that needs num_batches_tracked");
 }
 
-// The statistics of z, which is dense.
-Statistics reduce(const Tensor& z, const Layout& l, double eps) {
+// The statistics of z, which is dense. produce, where given, writes the pixels [begin, end) of z before they are read.
+Statistics reduce(const Tensor& z, const Layout& l, double eps,
+                  const c10::function_ref<void(int64_t begin, int64_t end)>* produce = nullptr) {
   const BnKernels& kernels = kernels_for(z);
   Statistics result(z, l, eps);
   const Channels all = {0, l.channels};
@@ -421,13 +428,15 @@ Statistics reduce(const Tensor& z, const Layout& l, double eps) {
       const RowUnits units(l);
       Partials partials(units.units, l.length, at::kDouble);
       for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
+        const RowSpan span = units.span(u);
+        if (produce) (*produce)(span.begin / l.channels, span.end / l.channels);
         std::vector<double> scratch(3 * l.length);
-        kernels.fwd_reduce_rows(t, units.span(u), partials.first_row<double>(u), partials.second_row<double>(u),
-                                scratch.data());
+        kernels.fwd_reduce_rows(t, span, partials.first_row<double>(u), partials.second_row<double>(u), scratch.data());
       });
       if (units.tail) {
         // One value per place: the value is the mean, and M2 is 0.
         const int64_t last = units.units - 1, begin = z.storage_offset() + units.span(last).begin;
+        if (produce) (*produce)(units.span(last).begin / l.channels, l.count());
         partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
         partials.second[last].zero_();
       }
@@ -548,6 +557,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_reduce_apply(const Tensor& z, 
   found.update_running(running_mean, running_var, num_batches_tracked, momentum);
   return {found.mean_out, found.rstd_out, f.y, f.bits};
 }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_behind(const Tensor& z, c10::function_ref<void(int64_t begin, int64_t end)> produce,
+                                                         OptionalTensor running_mean, OptionalTensor running_var,
+                                                         OptionalTensor num_batches_tracked, std::optional<double> momentum,
+                                                         double eps, OptionalTensor gamma, OptionalTensor beta,
+                                                         OptionalTensor residual, c10::string_view act, double slope,
+                                                         bool want_bits) {
+  check_running(z, running_mean, running_var, num_batches_tracked, momentum);
+  Forward f(z, residual, want_bits);
+  const bool by_pixels = f.layout.rows && f.layout.inner == 1;
+  if (!by_pixels && z.numel() > 0) produce(0, f.layout.count());
+  const Statistics found = reduce(f.z, f.layout, eps, by_pixels ? &produce : nullptr);
+  f.apply(found.mean_out, found.rstd_out, gamma, beta, act, slope);
+  found.update_running(running_mean, running_var, num_batches_tracked, momentum);
+  return {found.mean_out, found.rstd_out, f.y, f.bits};
+}
+
+namespace {
 
 // Sets what the two backward phases share.
 struct Backward {
@@ -728,6 +757,16 @@ std::tuple<Tensor, Tensor> reduce_and_apply(Backward& b, const Tensor& rstd) {
   return {sums.dgamma, sums.dbeta};
 }
 
+template <class A>
+std::tuple<Tensor, Tensor> reduce_and_set_shifts(Backward& b, const Tensor& rstd) {
+  const std::tuple<Tensor, Tensor> sums = reduce<A>(b, rstd);
+  const ChannelVector<A> r(rstd);
+  set_shifts<A>(b.tensors, b.parameters, b.layout,
+                {std::get<0>(sums).template const_data_ptr<A>(), std::get<1>(sums).template const_data_ptr<A>(), r.values,
+                 static_cast<A>(b.layout.count())});
+  return sums;
+}
+
 // dz into `dz`; returns dgamma, dbeta and dresidual.
 std::tuple<Tensor, Tensor, Tensor> reduce_and_write_dz(Backward& b, const Tensor& rstd, Tensor& dz, bool want_dresidual) {
   const bool is_double = accumulator(b.z) == at::kDouble;
@@ -737,16 +776,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_and_write_dz(Backward& b, const Tensor
     sums = is_double ? reduce_and_apply<double>(b, rstd) : reduce_and_apply<float>(b, rstd);
     return {std::get<0>(sums), std::get<1>(sums), dresidual};
   }
-  const auto run = [&](auto zero) {
-    using A = decltype(zero);
-    sums = reduce<A>(b, rstd);
-    const ChannelVector<A> r(rstd);
-    set_shifts<A>(b.tensors, b.parameters, b.layout,
-                  {std::get<0>(sums).template const_data_ptr<A>(), std::get<1>(sums).template const_data_ptr<A>(), r.values,
-                   static_cast<A>(b.layout.count())});
-  };
-  if (is_double) run(0.0);
-  else run(0.0f);
+  sums = is_double ? reduce_and_set_shifts<double>(b, rstd) : reduce_and_set_shifts<float>(b, rstd);
   return {std::get<0>(sums), std::get<1>(sums), write_dz(b, dz, want_dresidual)};
 }
 
@@ -772,6 +802,44 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_reduce_apply_(Tensor& dy, const Tensor
   if (!b.dy.is_same(dy)) dy.copy_(b.dy);   // dy came in another layout
   return result;
 }
+
+// Pixels of dz, in the order in which they lie in memory.
+class Rows final : public DzRows {
+ public:
+  explicit Rows(const Backward& b) : b_(b), kernel_(kernels_for(b.z).bwd_apply_rows) {}
+  int64_t granularity() const override { return b_.layout.length / b_.layout.channels; }
+  void write(int64_t begin, int64_t end, float* to) const override {
+    BnTensors t = b_.tensors;
+    const RowSpan span = {b_.layout.length, begin * b_.layout.channels, end * b_.layout.channels};
+    // The kernel writes element e to out + e.
+    t.out = reinterpret_cast<char*>(to) - span.begin * static_cast<int64_t>(sizeof(float));
+    kernel_(t, span);
+  }
+  const float* dy(int64_t begin) const override { return static_cast<const float*>(b_.tensors.dy) + begin * b_.layout.channels; }
+  const float* z(int64_t begin) const override { return static_cast<const float*>(b_.tensors.z) + begin * b_.layout.channels; }
+
+ private:
+  const Backward& b_;
+  void (*kernel_)(const BnTensors&, RowSpan);
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> bn_bwd_before(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                                 OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
+                                                 OptionalTensor bits, c10::string_view act, double slope, bool want_dresidual,
+                                                 c10::function_ref<void(const DzRows&)> consume) {
+  Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
+  TORCH_CHECK(z.scalar_type() == at::kFloat && b.layout.rows && b.layout.inner == 1, "bnfast: z is ", z.scalar_type(), " ",
+              z.sizes(), " of strides ", z.strides(), "; float32 in channels_last is needed");
+  auto [dgamma, dbeta] = reduce_and_set_shifts<float>(b, rstd);
+  Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options());
+  b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  consume(Rows(b));
+  return {dgamma, dbeta, dresidual};
+}
+
+namespace {
 
 Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mean, OptionalTensor rstd, OptionalTensor gamma,
                      OptionalTensor beta, c10::string_view act, double slope) {

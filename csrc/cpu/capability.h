@@ -3,6 +3,7 @@
 
 #include "bn.h"
 #include "conv_depthwise.h"
+#include "conv_pointwise.h"
 #include "conv_winograd.h"
 
 namespace bnfast {
@@ -13,7 +14,8 @@ struct Capability {
   const char* name;
   BnKernels bn[static_cast<int>(Dtype::kCount)];
   DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
-  WinogradKernels winograd;   // float32
+  WinogradKernels winograd;     // float32
+  PointwiseKernels pointwise;   // float32
 };
 
 // The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.

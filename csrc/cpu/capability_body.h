@@ -3,6 +3,7 @@
 // BNFAST_VECTOR_BYTES and the target pragma, and includes the standard headers before that pragma.
 #include "bn_kernels.h"
 #include "conv_depthwise_kernels.h"
+#include "conv_pointwise_kernels.h"
 #include "conv_winograd_kernels.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
@@ -13,6 +14,7 @@ const Capability capability = {
     {bn_kernels<float>(), bn_kernels<double>(), bn_kernels<bf16>(), bn_kernels<f16>()},
     {depthwise_kernels<float>(), depthwise_kernels<double>(), depthwise_kernels<bf16>(), depthwise_kernels<f16>()},
     winograd_kernels(),
+    pointwise_kernels(),
 };
 
 }  // namespace bnfast::BNFAST_NAMESPACE

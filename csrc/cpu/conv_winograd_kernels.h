@@ -4,23 +4,12 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
-#include <utility>
 
 #include "conv_winograd.h"
+#include "gemm_kernels.h"
 #include "vec.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
-
-// f(0), ..., f(N - 1) with constant arguments: arrays indexed by them live in registers.
-template <int N, class F>
-BNFAST_INLINE void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) BNFAST_INLINE_LAMBDA {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
-
-using FloatBlock = Block<float>;
 
 BNFAST_INLINE FloatBlock fma(const FloatBlock& a, float b, const FloatBlock& c) {
   return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(a.part[p], FloatVec{} + b, c.part[p]); });
@@ -85,51 +74,27 @@ BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock&
   });
 }
 
-// m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights [channels, 16]; all sums stay in registers.
+// m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights.
 template <int kTiles, int kBlocks>
-BNFAST_INLINE void multiply(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step) {
-  constexpr int kVectors = kBlocks * FloatBlock::kParts, kLanes = FloatBlock::kLanes;
-  constexpr int kPointers = (kTiles + 3) / 4;   // one for four tiles: the next three are reached by addressing alone
-  FloatVec sums[kTiles * kVectors] = {};
-  const float* from[kPointers];
-  unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { from[i] = v + i * 4 * v_step; });
-  const int64_t v_step3 = 3 * v_step;
-  for (int64_t c = 0; c < channels; ++c, weights += kBlock) {
-    // Hidden from the compiler, which would keep a pointer for every tile and spill them all.
-    unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { asm("" : "+r"(from[i])); });
-    FloatVec w[kVectors];
-    unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
-      constexpr int kPart = i % FloatBlock::kParts, kOf = i / FloatBlock::kParts;
-      std::memcpy(&w[i], weights + kOf * channels * kBlock + kPart * kLanes, sizeof(FloatVec));
-    });
-    unrolled<kTiles>([&](auto t) BNFAST_INLINE_LAMBDA {
-      const FloatVec value = broadcast(from[t / 4][t % 4 == 3 ? v_step3 : t % 4 * v_step]);
-      unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
-        sums[t * kVectors + i] = fma(value, w[i], sums[t * kVectors + i]);
-      });
-    });
-    unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { ++from[i]; });
-  }
-  unrolled<kTiles>([&](auto t) BNFAST_INLINE_LAMBDA {
-    unrolled<kVectors>([&](auto i) BNFAST_INLINE_LAMBDA {
-      std::memcpy(m + t * m_step + i * kLanes, &sums[t * kVectors + i], sizeof(FloatVec));
-    });
+BNFAST_INLINE void multiply_tiles(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step) {
+  NothingAhead ahead;
+  multiply<kTiles, kBlocks>(v, v_step, weights, channels, ahead, [&](auto t, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
+    store_block(m + t * m_step + b * kBlock, sum);
   });
 }
 
-// As many sums in registers as the instruction set has room for beside the weights.
-constexpr int kWideTiles = BNFAST_VECTOR_BYTES == 64 ? 12 : kWinogradRowGroup;
-constexpr int kWideBlocks = BNFAST_VECTOR_BYTES == 64 ? 2 : 1;
-constexpr int kNarrowTiles = BNFAST_VECTOR_BYTES >= 32 ? kWinogradRowGroup : 2;
+// Scratch holds a multiple of kWinogradRowGroup tiles.
+constexpr int kWideTiles = BNFAST_VECTOR_BYTES == 64 ? kWideRows : kWinogradRowGroup;
+static_assert(kWideTiles % kWinogradRowGroup == 0 && kWinogradRowGroup % kNarrowRows == 0);
 
 template <int kBlocks>
 void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step) {
   int64_t t = 0;
   for (; t + kWideTiles <= tiles; t += kWideTiles) {
-    multiply<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+    multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
   }
-  for (; t < tiles; t += kNarrowTiles) {
-    multiply<kNarrowTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+  for (; t < tiles; t += kNarrowRows) {
+    multiply_tiles<kNarrowRows, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
   }
 }
 
