@@ -441,6 +441,20 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "bn_fwd_apply",
+        "planes: a streamed Block half written",
+        VECTORS,
+        "for (size_t i = 0; i < sizeof(lane); i += kBytes) {",
+        "for (size_t i = 0; i < sizeof(lane) / 2; i += kBytes) {",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "planes: streamed to where no Block begins",
+        OPERATORS,
+        "l.plane % kBlockLanes == 0 &&",
+        "",
+    ),
+    Mutation(
         "conv_dgrad",
         "rows of the input that no window reached",
         REFERENCE,

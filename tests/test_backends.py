@@ -460,6 +460,18 @@ def test_two_phases_in_one_block_by_block(backend, act, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act, residual", [("relu", True), ("silu", False)])
+def test_large_planes_written_past_the_cache(backend, dtype, act, residual):
+    """Planes of whole blocks, which are streamed, and of a partial last block, which are not."""
+    if backend.interpreted:
+        pytest.skip("Triton has no such stores")
+    for shape in ((2, 9, 128, 124), (2, 9, 125, 127), (17, 65, 16, 16)):
+        case = Case(shape, dtype, "contiguous", "off_centre", act, residual)
+        check_step(backend, case)
+        check_two_in_one(backend, case)
+
+
 def check_two_in_one(backend, case: Case) -> None:
     inputs, m = make_inputs(case), backend.module
     one, two = (on(backend, inputs.map(clone_strided)) for _ in range(2))

@@ -31,7 +31,8 @@ constexpr int64_t kApplyUnit = 32768;    // elements of one unit of an elementwi
 constexpr int64_t kRowLength = 64;       // rows are made at least this long, for loops that are worth starting
 constexpr int64_t kSmallPlane = 32;      // planes smaller than this are treated as rows ...
 constexpr int64_t kLongestRow = 32768;   // ... of at most this length
-constexpr int64_t kHot = 49152;         // elements that a reduction leaves in the cache for the elementwise phase behind it
+constexpr int64_t kStreamed = 1 << 18;   // elements of a result that is written past the cache, at least
+constexpr int64_t kHot = 49152;          // elements that a reduction leaves in the cache for the elementwise phase behind it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -272,6 +273,8 @@ struct ChannelBlocks {
     s.c_end = end(block);
     return s;
   }
+  // From an element of a block to the same place of the next, which is reduced after this one has been written.
+  int64_t ahead(int64_t block) const { return block + 1 < count ? width * plane : 0; }
   PlaneSpan image(int64_t block, int64_t n) const { return {channels, plane, n, n + 1, begin(block), end(block), 0, plane}; }
 };
 
@@ -281,6 +284,14 @@ void for_units(int64_t units, F f) {
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) f(u);
   });
+}
+
+// Whether planes are written past the cache: where they are many, and Blocks begin at multiples of their own size. (For rows it
+// is no gain: what reads them next finds some of them in the cache.)
+bool streams(const Layout& l, const Tensor& out) {
+  const int64_t block = kBlockLanes * out.element_size();
+  return !l.rows && l.numel() >= kStreamed && l.plane % kBlockLanes == 0 &&
+         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % block == 0;
 }
 
 // Runs an elementwise phase over the whole tensor.
@@ -481,6 +492,7 @@ struct Forward {
     y = at::empty_like(z);
     bits = at::empty({want_bits ? layout.bit_bytes() : 0}, z.options().dtype(at::kByte));
     tensors.out = y.mutable_data_ptr();
+    tensors.streams = streams(layout, y);
     tensors.bits = want_bits ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
   }
 
@@ -530,7 +542,9 @@ Statistics reduce_and_apply(Forward& f, double eps, const OptionalTensor& gamma,
       scale[c] *= rstd[c];
     }
     // What was read last is read first.
-    for (int64_t n = l.batch; n-- > 0;) kernels.fwd_apply_planes(f.tensors, blocks.image(block, n));
+    BnTensors t = f.tensors;
+    t.ahead = blocks.ahead(block);
+    for (int64_t n = l.batch; n-- > 0;) kernels.fwd_apply_planes(t, blocks.image(block, n));
   });
   return found;
 }
@@ -679,6 +693,9 @@ std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, cons
 Tensor set_outputs(Backward& b, Tensor& dz, bool want_dresidual) {
   Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options());
   b.tensors.out = dz.mutable_data_ptr();
+  // What is written over dy is in the cache already.
+  b.tensors.streams = dz.const_data_ptr() != b.tensors.dy && streams(b.layout, dz) &&
+                      (!want_dresidual || streams(b.layout, dresidual));
   b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   return dresidual;
 }
@@ -752,7 +769,9 @@ std::tuple<Tensor, Tensor> reduce_and_apply(Backward& b, const Tensor& rstd) {
       shift_db[c] = shifts.db(c);
       shift_z[c] = shifts.z(c);
     }
-    for (int64_t n = l.batch; n-- > 0;) kernels.bwd_apply_planes(b.tensors, blocks.image(block, n));
+    BnTensors t = b.tensors;
+    t.ahead = blocks.ahead(block);
+    for (int64_t n = l.batch; n-- > 0;) kernels.bwd_apply_planes(t, blocks.image(block, n));
   });
   return {sums.dgamma, sums.dbeta};
 }

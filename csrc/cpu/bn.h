@@ -33,6 +33,8 @@ struct BnTensors {
   Act act = Act::kIdentity;
   double slope = 0;
   Slope slope_from = Slope::kFromZ;
+  int64_t ahead = 0;     // planes: elements from what an elementwise phase reads to what is read after it, fetched meanwhile
+  bool streams = false;  // out is written past the cache: nothing reads it soon, and its lines need not be read first
 };
 
 // A run of whole rows, or the last, partial one: elements [begin, end) with begin a multiple of length.

@@ -308,6 +308,34 @@ template <class T> BNFAST_INLINE Block<acc_t<T>> load(const T* from, First f) { 
 template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, Whole) { store_block(to, b); }
 template <class T> BNFAST_INLINE void store(T* to, const Block<acc_t<T>>& b, First f) { store_partial(to, b, f.lanes); }
 
+// As store_block, past the cache; `to` is a multiple of the Block's bytes. Followed by end_of_stream before others read it.
+template <class T>
+BNFAST_INLINE void stream_block(T* to, const Block<acc_t<T>>& b) {
+#if defined(__x86_64__)
+  T lane[kBlock] __attribute__((aligned(64)));
+  store_block(lane, b);
+  constexpr int kBytes = sizeof(lane) < BNFAST_VECTOR_BYTES ? sizeof(lane) : BNFAST_VECTOR_BYTES;
+  for (size_t i = 0; i < sizeof(lane); i += kBytes) {
+    char* const at = reinterpret_cast<char*>(to) + i;
+    const char* const from = reinterpret_cast<const char*>(lane) + i;
+#if BNFAST_VECTOR_BYTES == 64
+    if constexpr (kBytes == 64) _mm512_stream_si512((__m512i*)at, _mm512_load_si512(from));
+#endif
+#if BNFAST_VECTOR_BYTES >= 32
+    if constexpr (kBytes == 32) _mm256_stream_si256((__m256i*)at, _mm256_load_si256((const __m256i*)from));
+#endif
+    if constexpr (kBytes == 16) _mm_stream_si128((__m128i*)at, _mm_load_si128((const __m128i*)from));
+  }
+#else
+  store_block(to, b);
+#endif
+}
+BNFAST_INLINE void end_of_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The value that storing as T keeps.
 template <class T>
 BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
