@@ -1,7 +1,9 @@
 """Do the phase tests notice a bug? Plants one at a time into a copy of the tree, rebuilds, and expects red. Mutants of Triton
-kernels need no build and run in its interpreter.
+kernels run in its interpreter.
 
-    python tests/mutations.py [--only PART_OF_A_NAME] [--check] [--jobs N]
+    python tests/mutations.py [--only PART_OF_A_NAME] [--check] [--workers N]
+
+Each worker has a copy of its own and one thread.
 
 --check only verifies that each text to be replaced occurs exactly once. Exit status 1: a mutant survived, the copy does
 not build, or the unmutated copy is not green. The tree itself is never changed.
@@ -9,11 +11,13 @@ not build, or the unmutated copy is not green. The tree itself is never changed.
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +67,14 @@ class Mutation:
     @property
     def is_triton(self) -> bool:
         return self.file.startswith("triton_kernels/")
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The tests that have to notice it, those first that are about it alone."""
+        if self.is_triton:
+            return TRITON_TESTS
+        text = f"{self.file} {self.name}"
+        return tuple(sorted(TESTS, key=lambda path: path[len("tests/test_") : -3] not in text))
 
 
 MUTATIONS = [
@@ -372,7 +384,7 @@ MUTATIONS = [
         "bn_bwd_apply",
         "gradient of the residual scaled",
         KERNELS,
-        "if constexpr (has_residual) store(dr + e + j, db, lanes);",
+        "if constexpr (has_residual) write(dr + e + j, db, lanes, streams);",
         "if constexpr (has_residual) store(dr + e + j, db * channel.scale.at(j, lanes), lanes);",
     ),
     Mutation(
@@ -583,6 +595,13 @@ MUTATIONS = [
     # Triton
     Mutation(
         "bn_fwd_reduce",
+        "offsets of 32 bits where they need more",
+        TRITON_FWD,
+        "tl.full([1], size, tl.int64 if WIDE else tl.int32) * index",
+        "tl.full([1], size, tl.int32) * index",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
         "triton: tiles merged without the distance of their means",
         TRITON_FWD,
         "m2 + square + step * step * (count * weight)",
@@ -713,14 +732,14 @@ def run(command: list[str], tree: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
-def build(tree: Path, jobs: int) -> str | None:
+def build(tree: Path) -> str | None:
     """Builds the extension in place; the end of the output where that fails."""
-    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, MAX_JOBS=str(jobs))
+    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, MAX_JOBS="1")
     return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
 
-def first_failure(tree: Path, is_triton: bool = False) -> str | None:
-    """The first failing test, of Triton's or of the others; None where all pass. RuntimeError where they could not run."""
+def first_failure(tree: Path, tests: tuple[str, ...]) -> str | None:
+    """The first of these tests that fails; None where all pass. RuntimeError where they could not run."""
     command = [
         sys.executable,
         "-m",
@@ -730,9 +749,10 @@ def first_failure(tree: Path, is_triton: bool = False) -> str | None:
         "--tb=no",
         "-p",
         "no:cacheprovider",
-        *(TRITON_TESTS if is_triton else TESTS),
+        *tests,
     ]
-    done = run(command, tree, TRITON_INTERPRET="1" if is_triton else "0")
+    interpret = "1" if tests is TRITON_TESTS else "0"
+    done = run(command, tree, TRITON_INTERPRET=interpret, OMP_NUM_THREADS="1")
     if done.returncode == 0:
         return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -749,7 +769,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose phase or name contains this")
     parser.add_argument("--check", action="store_true", help="verify the table, build nothing")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilations"
+        "--workers", type=int, default=os.cpu_count() or 1, help="mutants that are tried at once"
     )
     args = parser.parse_args()
     wrong = problems()
@@ -763,31 +783,47 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {args.only!r} names no mutant")
 
-    with tempfile.TemporaryDirectory(prefix="bnfast-mutations-") as folder:
-        tree = Path(folder)
-        copy_tree(tree)
-        kinds = {m.is_triton for m in chosen}
-        error = build(tree, args.jobs) if False in kinds else None
-        for kind in kinds:
-            error = error or first_failure(tree, kind)
+    workers = max(1, min(args.workers, len(chosen)))
+    with (
+        tempfile.TemporaryDirectory(prefix="bnfast-mutations-") as folder,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        trees = [Path(folder) / str(i) for i in range(workers)]
+        for tree in trees:
+            tree.mkdir()
+            copy_tree(tree)
+        kinds = sorted({m.is_triton for m in chosen})
+        error = next(filter(None, pool.map(build, trees)), None)
+        suites = [TRITON_TESTS if is_triton else TESTS for is_triton in kinds]
+        error = error or next(
+            filter(None, map(first_failure, trees[:1] * len(suites), suites)), None
+        )
         if error:
             print(f"the unmutated copy is not green: {error}")
             return 1
-        survivors = [m for m in chosen if not tried(m, tree, args.jobs)]
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants found")
-    return 1 if survivors else 0
+        free = queue.SimpleQueue()
+        for tree in trees:
+            free.put(tree)
+        # Neighbours in the same file share what has to be compiled again.
+        chosen.sort(key=lambda m: m.file)
+        found = list(pool.map(lambda m: tried(m, free), chosen))
+    print(f"{sum(found)} of {len(chosen)} mutants found")
+    return 0 if all(found) else 1
 
 
-def tried(m: Mutation, tree: Path, jobs: int) -> bool:
-    """Plants one mutant, prints its row, takes it out again. True if the tests found it."""
-    path, start = tree / m.file, time.monotonic()
+def tried(m: Mutation, free: queue.SimpleQueue) -> bool:
+    """Plants one mutant into a tree that is free, prints its row, takes it out again. True if the tests found it."""
+    tree, start = free.get(), time.monotonic()
+    path = tree / m.file
     original = path.read_text()
     path.write_text(original.replace(m.old, m.new))
     try:
-        error = None if m.file.endswith(".py") else build(tree, jobs)
-        seen = None if error else first_failure(tree, m.is_triton)
+        # Mutants of Python are built too: the last one's kernels may still be there.
+        error = build(tree)
+        seen = None if error else first_failure(tree, m.tests)
     finally:
         path.write_text(original)
+        free.put(tree)
     verdict = f"does not build:\n{error}" if error else (seen or "SURVIVED")
     print(f"{m.phase:16} {m.name:55} {time.monotonic() - start:5.0f} s  {verdict}", flush=True)
     return seen is not None

@@ -19,8 +19,9 @@ import test_backends
 import triton
 import triton.language as tl
 import triton_interpreter
-from bnfast.triton_kernels import conv, launch, layout
+from bnfast.triton_kernels import bn_fwd, conv, launch, layout
 
+from bench import triton_traffic
 from bnfast import triton_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,10 +63,17 @@ def test_many_small_tiles(memory_format, monkeypatch):
         return mean, rstd, y, *module.bn_bwd_reduce_apply(*state)
 
     expected = run(reference)
-    for tile, splits in ((64, 128), (16, 5), (128, 1), (4096, 128)):
+    for tile, splits, least in (
+        (64, 128, 1),
+        (16, 5, 1),
+        (128, 1, 1),
+        (4096, 128, 64),
+        (32, 128, 64),
+    ):
         monkeypatch.setattr(layout, "TILE", tile)
         monkeypatch.setattr(layout, "REDUCED_TILE", tile)
         monkeypatch.setattr(layout, "MOST_SPLITS", splits)
+        monkeypatch.setattr(layout, "LEAST_VALUES", least)
         names = ("mean", "rstd", "y", "dgamma", "dbeta", "dz", "dresidual")
         for name, a, e in zip(names, run(triton_kernels), expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=f"{name}, tile {tile}")
@@ -90,9 +98,54 @@ def test_splits_cover_every_tile_once(shape, memory_format):
     assert view.count * view.channels == z.numel()
 
 
-def test_offsets_are_wide_from_two_to_the_31_on():
-    view = layout.View(2**20, 2**11, 2**11, True, 2**20)
-    assert layout.is_wide(view) and not layout.is_wide(view._replace(rows=2**19))
+def test_offsets_are_wide_before_a_tile_behind_the_end_leaves_32_bits():
+    view = layout.View(2**20, 2**10, 2**10, True, 2**20)
+    assert layout.is_wide(view) and not layout.is_wide(view._replace(rows=2**20 - 1))
+
+
+@triton.jit
+def reduced_tile_kernel(
+    at_ptr, mask_ptr, n_ptr, tile, rows, columns, channels,
+    CHANNEL_IS_COLUMN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK_C if CHANNEL_IS_COLUMN else BLOCK_R)
+    at, mask, n, _, _ = bn_fwd.reduced_tile(
+        tile, c, rows, columns, channels, CHANNEL_IS_COLUMN, True, BLOCK_R, BLOCK_C
+    )
+    place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(at_ptr + place, at)
+    tl.store(mask_ptr + place, mask.to(tl.int8))
+    tl.store(n_ptr + tl.arange(0, 1), n)
+
+
+@pytest.mark.parametrize(
+    "tile, rows, columns, channel_is_column, n",
+    [
+        (2**27, 2**31 + 5, 8, True, 5),  # the last rows
+        (2**27 + 1, 2**31 + 5, 8, True, 0),  # behind them
+        (2**21 + 3, 2**25, 2**6, False, 8),  # pixels 24 to 31 of an image
+        (2**28 + 1, 2**31 + 16, 8, False, 8),  # the last image
+        (2**28 + 2, 2**31 + 16, 8, False, 0),
+    ],
+)
+def test_offsets_past_32_bits(tile, rows, columns, channel_is_column, n):
+    """Of one tile alone, as a launch of its program would compute them: no tensor is that large."""
+    block_r, block_c = (16, 8) if channel_is_column else (8, 8)
+    at = torch.empty(block_r, block_c, dtype=torch.int64, device=DEVICE)
+    mask = torch.empty(block_r, block_c, dtype=torch.int8, device=DEVICE)
+    count = torch.empty(1, dtype=torch.int64, device=DEVICE)
+    reduced_tile_kernel[(1,)](
+        at, mask, count, tile, rows, columns, 8, channel_is_column, block_r, block_c
+    )
+    if channel_is_column:
+        r, column = tile * block_r + torch.arange(block_r), torch.arange(block_c)
+    else:
+        image, pixel = divmod(tile * block_c, columns)
+        r, column = image * 8 + torch.arange(block_r), pixel + torch.arange(block_c)
+    expected = r[:, None] * columns + column[None, :]
+    assert torch.equal(at.cpu(), expected)
+    assert torch.equal(mask.cpu().bool(), (r < rows)[:, None].expand(block_r, block_c))
+    assert count.item() == n
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-5, 1e-3, 0.9, 1.0, 0.0, 1e-30])
@@ -142,6 +195,7 @@ def test_fused_moments_of_many_tiles(monkeypatch):
     monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
     monkeypatch.setattr(conv, "BLOCK_M", 16)
     monkeypatch.setattr(conv, "MOST_SPLITS", 5)
+    monkeypatch.setattr(conv, "LEAST_VALUES", 1)
     x = torch.randn(3, 18, 7, 9).contiguous(memory_format=torch.channels_last).to(DEVICE)
     weight, bias = (
         torch.randn(21, 18, 3, 3, device=DEVICE) / 13,
@@ -163,6 +217,25 @@ def test_unknown_route_is_named(monkeypatch):
         ValueError, match="BNFAST_TRITON_CONV is 'fast'; allowed are 'cudnn' and 'fused'"
     ):
         triton_kernels.conv_forward(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
+
+
+@pytest.mark.skipif(not triton_interpreter.switched_on(), reason="needs the interpreter")
+@pytest.mark.parametrize("kind", triton_traffic.KINDS, ids=lambda kind: kind.name)
+def test_traffic_is_that_of_whole_tensors(kind, monkeypatch):
+    """Each address once per kernel: what the two-pass form reads and writes, and at most a twentieth of it beside that."""
+    monkeypatch.setattr(triton_traffic, "SHAPE", (1, 64, 16, 32))
+    found = triton_traffic.run_unit(kind, torch.channels_last)
+    unique = sum(traffic.unique for traffic in found.values())
+    assert triton_traffic.floor_bytes(kind) <= unique <= 1.05 * triton_traffic.floor_bytes(kind)
+
+
+@pytest.mark.skipif(not triton_interpreter.switched_on(), reason="needs the interpreter")
+def test_moments_in_the_epilogue_cost_no_pass(monkeypatch):
+    monkeypatch.setattr(triton_traffic, "SHAPE", (1, 64, 16, 32))
+    found, own = triton_traffic.run_convolution(1)
+    unique = sum(traffic.unique for traffic in found.values())
+    read_z_and_write_y = 2 * 64 * 16 * 32 * 2
+    assert own + read_z_and_write_y <= unique <= 1.05 * (own + read_z_and_write_y)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

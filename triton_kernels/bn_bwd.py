@@ -13,7 +13,7 @@ from torch import Tensor
 from .activation import act_gradient, masked, pre_activation, unpack_bits
 from .bn_fwd import bit_places, load_channels, reduced_tile, spread, tile_offsets
 from .launch import TRITON_DTYPES, check_writable, device_of
-from .layout import WARPS, dense, is_wide, like, split_of, tile_of, view_of
+from .layout import WARPS, cdiv, dense, is_wide, like, next_power_of_2, split_of, tile_of, view_of
 
 
 @triton.jit
@@ -258,14 +258,14 @@ def bn_bwd_reduce(
         )
         dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
         block = 16
-        finalise_sums_kernel[(triton.cdiv(view.channels, block),)](
+        finalise_sums_kernel[(cdiv(view.channels, block),)](
             parts,
             rstd,
             dgamma,
             dbeta,
             view.channels,
             split.splits,
-            BLOCK_S=triton.next_power_of_2(split.splits),
+            BLOCK_S=next_power_of_2(split.splits),
             BLOCK_C=block,
             num_warps=WARPS,
         )
@@ -281,7 +281,7 @@ def write_dz(
     if z.numel() == 0:
         return dresidual
     rows, columns = tile_of(view)
-    bn_bwd_apply_kernel[(triton.cdiv(view.rows, rows) * triton.cdiv(view.columns, columns),)](
+    bn_bwd_apply_kernel[(cdiv(view.rows, rows) * cdiv(view.columns, columns),)](
         dy,
         z,
         None if residual is None else like(residual, z),

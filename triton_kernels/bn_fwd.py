@@ -15,7 +15,19 @@ from bnfast.reference import accumulator, rstd_of
 
 from .activation import act_passes, act_value, pack_bits, pre_activation
 from .launch import TRITON_DTYPES, device_of, pair
-from .layout import WARPS, Split, View, dense, is_wide, like, split_of, tile_of, view_of
+from .layout import (
+    WARPS,
+    Split,
+    View,
+    cdiv,
+    dense,
+    is_wide,
+    like,
+    next_power_of_2,
+    split_of,
+    tile_of,
+    view_of,
+)
 
 
 @triton.jit
@@ -35,6 +47,12 @@ def spread(values, CHANNEL_IS_COLUMN: tl.constexpr):
 
 
 @triton.jit
+def times(index, size, WIDE: tl.constexpr):
+    """index * size, [1]; of 64 bits where offsets need them: Triton's indices have 32."""
+    return tl.full([1], size, tl.int64 if WIDE else tl.int32) * index
+
+
+@triton.jit
 def reduced_tile(
     tile,
     c,
@@ -50,23 +68,19 @@ def reduced_tile(
     other down the rows; those of planes lie in one image each, side by side, then in the next image. A tile behind the last
     one is empty."""
     if CHANNEL_IS_COLUMN:
-        r = tl.arange(0, BLOCK_R)
-        if WIDE:
-            r = r.to(tl.int64)
-        r += tile * BLOCK_R
+        first = times(tile, BLOCK_R, WIDE)
+        r = first + tl.arange(0, BLOCK_R)
         column = c
-        n = tl.minimum(BLOCK_R, rows - tile * BLOCK_R)
+        n = tl.minimum(BLOCK_R, rows - first)
         mask = (r < rows)[:, None] & (c < channels)[None, :]
     else:
         across = tl.cdiv(columns, BLOCK_C)
         start = tile % across * BLOCK_C
         image = tile // across
         column = start + tl.arange(0, BLOCK_C)
-        r = c
-        if WIDE:
-            r = r.to(tl.int64)
-        r += image * channels
-        n = tl.where(image * channels < rows, tl.minimum(BLOCK_C, columns - start), 0)
+        first = times(image, channels, WIDE)
+        r = first + c
+        n = tl.where(first < rows, tl.minimum(BLOCK_C, columns - start), 0)
         mask = ((c < channels) & (r < rows))[:, None] & (column < columns)[None, :]
     return r[:, None] * columns + column[None, :], mask, tl.maximum(n, 0), r, column
 
@@ -74,7 +88,7 @@ def reduced_tile(
 @triton.jit
 def load_origin(z_ptr, c, mask, step, ACC: tl.constexpr):
     """The first value of each channel: moments are taken of the distance from it, so that the size of the mean costs no
-    digits, however many tiles and splits are merged. 0 where it is no number to count from."""
+    digits, however many tiles are merged. 0 where it is no number to count from."""
     origin = tl.load(z_ptr + c * step, mask, 0).to(ACC)
     return tl.where(tl.abs(origin) < float("inf"), origin, 0)
 
@@ -97,20 +111,18 @@ def merge_tile(z, mask, n, mean, m2, count, CHANNEL_IS_COLUMN: tl.constexpr):
 
 
 @triton.jit
-def store_moments(part_ptr, split, splits, c, channels, origin, mean, m2, count):
-    """One split's partial result into [4, splits, C]."""
-    size = splits * channels
-    at = part_ptr + split * channels + c
-    tl.store(at, origin, c < channels)
-    tl.store(at + size, mean, c < channels)
-    tl.store(at + 2 * size, m2, c < channels)
-    tl.store(at + 3 * size, count, c < channels)
+def store_moments(part_ptr, split, c, channels, mean, m2, count):
+    """One split's partial result into [splits, 2 C + 1]; the number of values is the same for all channels."""
+    row = part_ptr + split * (2 * channels + 1)
+    tl.store(row + c, mean, c < channels)
+    tl.store(row + channels + c, m2, c < channels)
+    tl.store(row + 2 * channels + c * 0, count, c == 0)
 
 
 @triton.jit
 def bn_fwd_reduce_kernel(
     z_ptr,  # [rows, columns]
-    part_ptr,  # [4, splits, C] in ACC: origin, mean from there, M2, number of values
+    part_ptr,  # [splits, 2 C + 1] in ACC: mean and M2 per channel, number of values
     tracked_ptr,  # [] int64 or None
     rows,
     columns,
@@ -139,7 +151,7 @@ def bn_fwd_reduce_kernel(
         z = tl.load(z_ptr + at, mask, 0).to(ACC) - spread(origin, CHANNEL_IS_COLUMN)
         z = tl.where(mask, z, 0)
         mean, m2, count = merge_tile(z, mask, values.to(ACC), mean, m2, count, CHANNEL_IS_COLUMN)
-    store_moments(part_ptr, split, tl.num_programs(1), c, channels, origin, mean, m2, count)
+    store_moments(part_ptr, split, c, channels, mean + origin, m2, count)
 
 
 @triton.jit
@@ -151,7 +163,7 @@ def update_running(ptr, c, mask, batch, factor):
 
 @triton.jit
 def finalise_moments_kernel(
-    part_ptr,  # [4, splits, C] in ACC
+    part_ptr,  # [splits, 2 C + 1] in ACC
     mean_ptr,  # [C] in ACC
     m2_ptr,
     rstd_ptr,
@@ -173,19 +185,19 @@ def finalise_moments_kernel(
     s = tl.arange(0, BLOCK_S)
     mask = c < channels
     inside = (s < splits)[:, None] & mask[None, :]
-    at = part_ptr + s[:, None] * channels + c[None, :]
-    size = splits * channels
-    n = tl.load(at + 3 * size, inside, 0)
+    row = part_ptr + s * (2 * channels + 1)
+    at = row[:, None] + c[None, :]
+    n = tl.load(row + 2 * channels, s < splits, 0)
     count = tl.sum(n, 0)
+    n = n[:, None]
     one_over_count = 1 / tl.maximum(count, 1)
-    # From the first split's origin: the difference of two that lie close is exact.
+    # From the first split's mean: the difference of two that lie close is exact.
     origin = tl.load(part_ptr + c, mask, 0)
-    part_mean = tl.load(at, inside, 0) - origin[None, :] + tl.load(at + size, inside, 0)
-    part_mean = tl.where(inside, part_mean, 0)
+    part_mean = tl.where(inside, tl.load(at, inside, 0) - origin[None, :], 0)
     mean = tl.sum(n * part_mean, 0) * one_over_count
     d = tl.where(inside, part_mean - mean[None, :], 0)
     mean += origin
-    m2 = tl.sum(tl.load(at + 2 * size, inside, 0) + n * d * d, 0)
+    m2 = tl.sum(tl.load(at + channels, inside, 0) + n * d * d, 0)
     shifted = m2 * one_over_count + load_pair(eps, eps_low, ACC)
     # The rounded square root exists for float32 alone; that of float64 always rounds.
     root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
@@ -226,10 +238,7 @@ def tile_offsets(
     """Of the tile of this program, counted from the end: element offsets, mask, channels, their mask, rows, columns."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     across = tl.cdiv(columns, BLOCK_C)
-    r = tl.arange(0, BLOCK_R)
-    if WIDE:
-        r = r.to(tl.int64)
-    r += tile // across * BLOCK_R
+    r = times(tile // across, BLOCK_R, WIDE) + tl.arange(0, BLOCK_R)
     column = tile % across * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (r < rows)[:, None] & (column < columns)[None, :]
     at = r[:, None] * columns + column[None, :]
@@ -300,7 +309,7 @@ def bn_fwd_apply_kernel(
 def launch_moments(
     z: Tensor, view: View, split: Split, parts: Tensor, tracked: Tensor | None
 ) -> None:
-    """bn_fwd_reduce_kernel on a dense, not empty z; parts [4, splits, C]."""
+    """bn_fwd_reduce_kernel on a dense, not empty z; parts [splits, 2 C + 1]."""
     bn_fwd_reduce_kernel[(split.blocks, split.splits)](
         z,
         parts,
@@ -326,13 +335,13 @@ def finalise_moments(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, M2 and rstd [C] from the partial results [4, splits, C]; at most `layout.MOST_SPLITS` splits."""
-    _, splits, channels = parts.shape
+    """mean, M2 and rstd [C] from the partial results [splits, 2 C + 1]; at most `layout.MOST_SPLITS` splits."""
+    splits, channels = parts.shape[0], parts.shape[1] // 2
     mean, m2, rstd = (
         torch.empty(channels, dtype=parts.dtype, device=parts.device) for _ in range(3)
     )
     block = 16
-    finalise_moments_kernel[(triton.cdiv(channels, block),)](
+    finalise_moments_kernel[(cdiv(channels, block),)](
         parts,
         mean,
         m2,
@@ -344,7 +353,7 @@ def finalise_moments(
         *pair(eps),
         channels,
         splits,
-        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_S=next_power_of_2(splits),
         BLOCK_C=block,
         ACC=TRITON_DTYPES[parts.dtype],
         num_warps=WARPS,
@@ -371,7 +380,7 @@ def bn_fwd_reduce(
         z = dense(z)
         view = view_of(z)
         split = split_of(view)
-        parts = torch.empty((4, split.splits, view.channels), dtype=acc, device=z.device)
+        parts = torch.empty((split.splits, 2 * view.channels + 1), dtype=acc, device=z.device)
         launch_moments(z, view, split, parts, num_batches_tracked)
         running = (running_mean, running_var, num_batches_tracked)
         return finalise_moments(parts, *running, momentum, eps)
@@ -397,7 +406,7 @@ def bn_fwd_apply(
         if z.numel() == 0:
             return y, bits
         rows, columns = tile_of(view)
-        bn_fwd_apply_kernel[(triton.cdiv(view.rows, rows) * triton.cdiv(view.columns, columns),)](
+        bn_fwd_apply_kernel[(cdiv(view.rows, rows) * cdiv(view.columns, columns),)](
             z,
             None if residual is None else like(residual, z),
             y,

@@ -25,9 +25,10 @@ from .bn_fwd import (
     finalise_moments,
     merge_tile,
     store_moments,
+    times,
 )
 from .launch import TRITON_DTYPES, device_of
-from .layout import MOST_SPLITS, PROGRAMS, WARPS, dense
+from .layout import LEAST_VALUES, MOST_SPLITS, PROGRAMS, WARPS, cdiv, dense
 
 __all__ = [
     "bn_bwd_reduce_apply_dgrad",
@@ -50,7 +51,7 @@ def conv_fwd_reduce_kernel(
     w_ptr,  # [taps, J, K]
     bias_ptr,  # [K] or None
     z_ptr,  # [N, OH, OW, K]
-    part_ptr,  # [4, splits, K] in ACC as in bn_fwd.py, or None: no moments
+    part_ptr,  # [splits, 2 K + 1] in ACC as in bn_fwd.py, or None: no moments
     tracked_ptr,  # [] int64 or None
     pixels,  # N OH OW
     height,
@@ -89,13 +90,12 @@ def conv_fwd_reduce_kernel(
     count = tl.zeros([BLOCK_K], ACC)
     first = split * per_split
     for tile in range(first, first + per_split):
-        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_m = times(tile, BLOCK_M, WIDE)
+        m = first_m + tl.arange(0, BLOCK_M)
         m_mask = m < pixels
         ow = m % out_width
         oh = m // out_width % out_height
         image = m // (out_width * out_height)
-        if WIDE:
-            image = image.to(tl.int64)
         acc = tl.zeros([BLOCK_M, BLOCK_K], ACC)
         for tap in range(TAPS_H * TAPS_W):
             ih = oh * STRIDE_H - PADDING_H + tap // TAPS_W * DILATION_H
@@ -112,18 +112,17 @@ def conv_fwd_reduce_kernel(
                 acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
         z = (acc + bias[None, :]).to(z_ptr.dtype.element_ty)
         mask = m_mask[:, None] & (k < out_channels)[None, :]
-        z_row = m.to(tl.int64) if WIDE else m
-        tl.store(z_ptr + z_row[:, None] * out_channels + k[None, :], z, mask)
+        tl.store(z_ptr + m[:, None] * out_channels + k[None, :], z, mask)
         if part_ptr is not None:
             # Counted from the first tile's mean, so that the size of the mean costs no digits.
-            n = tl.maximum(0, tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)).to(ACC)
+            n = tl.maximum(0, tl.minimum(BLOCK_M, pixels - first_m)).to(ACC)
             value = tl.where(mask, z.to(ACC), 0)
             if tile == first:
                 origin = tl.sum(value, 0) / tl.maximum(n, 1)
             value = tl.where(mask, value - origin[None, :], 0)
             mean, m2, count = merge_tile(value, mask, n, mean, m2, count, True)
     if part_ptr is not None:
-        store_moments(part_ptr, split, tl.num_programs(1), k, out_channels, origin, mean, m2, count)
+        store_moments(part_ptr, split, k, out_channels, mean + origin, m2, count)
 
 
 def route(x: Tensor, weight: Tensor, groups: int) -> str:
@@ -171,12 +170,13 @@ def _convolve(
         return z, None
     acc = accumulator(x.dtype)
     pixels = batch * out_size[0] * out_size[1]
-    tiles, blocks = triton.cdiv(pixels, BLOCK_M), triton.cdiv(out_channels, BLOCK_K)
-    per_split = triton.cdiv(tiles, max(1, min(MOST_SPLITS, PROGRAMS // blocks, tiles)))
-    splits = triton.cdiv(tiles, per_split)
+    tiles, blocks = cdiv(pixels, BLOCK_M), cdiv(out_channels, BLOCK_K)
+    most = pixels // LEAST_VALUES if with_moments else tiles
+    per_split = cdiv(tiles, max(1, min(MOST_SPLITS, PROGRAMS // blocks, tiles, most)))
+    splits = cdiv(tiles, per_split)
     parts = None
     if with_moments:
-        parts = torch.empty((4, splits, out_channels), dtype=acc, device=x.device)
+        parts = torch.empty((splits, 2 * out_channels + 1), dtype=acc, device=x.device)
     ieee = torch.backends.cudnn.conv.fp32_precision == "ieee"
     conv_fwd_reduce_kernel[(blocks, splits)](
         x,
@@ -196,7 +196,7 @@ def _convolve(
         *stride,
         *padding,
         *dilation,
-        WIDE=max(x.numel(), z.numel()) + BLOCK_M * max(in_channels, out_channels) >= 2**31,
+        WIDE=max(x.numel(), z.numel()) >= 2**30,
         BLOCK_M=BLOCK_M,
         BLOCK_K=BLOCK_K,
         BLOCK_J=BLOCK_J,
@@ -236,30 +236,33 @@ def conv_fwd_reduce(
 ):
     """See reference.conv_fwd_reduce."""
     with device_of(x):
-        size = (
-            None
-            if weight.dim() == 2
-            else conv_output_size(x.shape[2:], weight, stride, padding, dilation)
-        )
-        if route(x, weight, groups) == "cudnn" or 0 in size:
-            z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
-            return z, *bn_fwd_reduce(z, running_mean, running_var, tracked, momentum, eps)
-        packed = weights.transformed(weight, ("taps", x.dtype), lambda w: _packed(w, x.dtype))
-        kernel = weight.shape[2:]
-        z, parts = _convolve(
-            x, packed, bias, kernel, size, stride, padding, dilation, True, tracked
-        )
-        return z, *finalise_moments(parts, running_mean, running_var, tracked, momentum, eps)
+        stats = (running_mean, running_var, tracked, momentum, eps)
+        conv = (weight, bias, stride, padding, dilation, groups)
+        if route(x, weight, groups) == "fused":
+            return _fused_fwd_reduce(x, *conv[:5], *stats)
+        z = reference.conv_forward(x, *conv)
+        return z, *bn_fwd_reduce(z, *stats)
 
 
 def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *rest):
     """See reference.conv_fwd_reduce_apply."""
-    conv = (weight, bias, stride, padding, dilation, groups)
-    if route(x, weight, groups) == "cudnn":
-        z = conv_forward(x, *conv)
+    with device_of(x):
+        conv = (weight, bias, stride, padding, dilation, groups)
+        if route(x, weight, groups) == "fused":
+            z, mean, _, rstd = _fused_fwd_reduce(x, *conv[:5], *rest[:5])
+            return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
+        z = reference.conv_forward(x, *conv)
         return z, *bn_fwd_reduce_apply(z, *rest)
-    z, mean, _, rstd = conv_fwd_reduce(x, *conv, *rest[:5])
-    return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
+
+
+def _fused_fwd_reduce(x, weight, bias, stride, padding, dilation, *stats):
+    size = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+    packed = weights.transformed(weight, ("taps", x.dtype), lambda w: _packed(w, x.dtype))
+    kernel, tracked = weight.shape[2:], stats[2]
+    z, parts = _convolve(x, packed, bias, kernel, size, stride, padding, dilation, True, tracked)
+    if parts is None:
+        return z, *bn_fwd_reduce(z, *stats)
+    return z, *finalise_moments(parts, *stats)
 
 
 def conv_dgrad(

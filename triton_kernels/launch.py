@@ -1,6 +1,7 @@
 """What launchers share: dtypes, arguments, the current device."""
 
 import contextlib
+import ctypes
 
 import torch
 import triton.language as tl
@@ -44,5 +45,5 @@ def _range(t: Tensor) -> tuple[int, int]:
 
 def pair(value: float) -> tuple[float, float]:
     """A float64 as two floats whose sum in float64 is value to 48 bits; Triton passes floats as float32."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = ctypes.c_float(value).value
     return high, value - high

@@ -5,10 +5,10 @@ A tensor is seen as a dense matrix [rows, columns] with columns next to each oth
     rows are planes (n, c), columns pixels   contiguous (NCHW): the channel of row r is r % C
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .launch import TRITON_DTYPES
@@ -21,6 +21,21 @@ WARPS = 4
 # Programs that a reduction is split over at most: fixed, so that results do not depend on the device.
 PROGRAMS = 1024
 MOST_SPLITS = 128
+# Values per channel of a split, at least: its partial results are then a thirtieth of what it reads, or less.
+LEAST_VALUES = 128
+# Channels of a tile at most, in channels_last. A reduction takes fewer, a line of 16-bit values: more blocks keep more of the
+# machine busy where there are few pixels.
+MOST_CHANNELS, MOST_REDUCED_CHANNELS = 128, 64
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own costs a launcher as much as an allocation."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 class View(NamedTuple):
@@ -35,7 +50,7 @@ class View(NamedTuple):
     @property
     def bit_bytes(self) -> int:
         """Bytes that hold one bit per element, each row beginning at a new byte."""
-        return self.rows * triton.cdiv(self.columns, 8)
+        return self.rows * cdiv(self.columns, 8)
 
 
 def dense(t: Tensor) -> Tensor:
@@ -70,12 +85,16 @@ def view_of(z: Tensor) -> View:
     return View(batch * plane, channels, channels, True, batch * plane)
 
 
-def tile_of(view: View, size: int | None = None) -> tuple[int, int]:
-    """(rows, columns) of a tile of at most size elements, TILE if not given."""
-    size = size or TILE
-    most = 128 if view.channel_is_column else 1024
-    columns = min(triton.next_power_of_2(max(view.columns, 8)), most, size)
-    return min(size // columns, triton.next_power_of_2(max(view.rows, 1))), columns
+def tile_of(view: View) -> tuple[int, int]:
+    """(rows, columns) of a tile of at most TILE elements."""
+    return _tile(view, TILE, MOST_CHANNELS)
+
+
+@functools.lru_cache(4096)
+def _tile(view: View, size: int, most_channels: int) -> tuple[int, int]:
+    most = most_channels if view.channel_is_column else 1024
+    columns = min(next_power_of_2(max(view.columns, 8)), most, size)
+    return min(size // columns, next_power_of_2(max(view.rows, 1))), columns
 
 
 class Split(NamedTuple):
@@ -91,19 +110,27 @@ class Split(NamedTuple):
 
 def split_of(view: View) -> Split:
     """The cut of a reduction over each channel's values. A tile of planes holds pixels of several channels of one image."""
-    rows, columns = tile_of(view, REDUCED_TILE)
+    tile = _tile(view, REDUCED_TILE, MOST_REDUCED_CHANNELS)
+    return _split(view, tile, PROGRAMS, MOST_SPLITS, LEAST_VALUES)
+
+
+@functools.lru_cache(4096)
+def _split(
+    view: View, tile: tuple[int, int], programs: int, most_splits: int, least_values: int
+) -> Split:
+    rows, columns = tile
     if view.channel_is_column:
-        blocks = triton.cdiv(view.channels, columns)
-        tiles = triton.cdiv(view.rows, rows)
+        blocks = cdiv(view.channels, columns)
+        tiles = cdiv(view.rows, rows)
     else:
-        rows = min(rows, triton.next_power_of_2(view.channels))
-        blocks = triton.cdiv(view.channels, rows)
-        tiles = view.rows // view.channels * triton.cdiv(view.columns, columns)
-    wanted = max(1, min(MOST_SPLITS, PROGRAMS // blocks, tiles))
-    per_split = triton.cdiv(tiles, wanted)
-    return Split(rows, columns, blocks, triton.cdiv(tiles, per_split), per_split)
+        rows = min(rows, next_power_of_2(view.channels))
+        blocks = cdiv(view.channels, rows)
+        tiles = view.rows // view.channels * cdiv(view.columns, columns)
+    wanted = max(1, min(most_splits, programs // blocks, tiles, view.count // least_values))
+    per_split = cdiv(tiles, wanted)
+    return Split(rows, columns, blocks, cdiv(tiles, per_split), per_split)
 
 
 def is_wide(view: View) -> bool:
-    """Whether offsets need 64 bits; tiles at the end may reach past the tensor."""
-    return view.rows * view.columns + 2 * TILE >= 2**31
+    """Whether offsets need 64 bits. Half of what 32 hold: the last split's tiles reach past the tensor by less than its size."""
+    return view.rows * view.columns >= 2**30
