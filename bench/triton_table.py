@@ -26,6 +26,7 @@ os.environ["BNFAST_TRITON_CONV"] = "fused"  # the convolutions too
 
 import torch
 import triton
+from bnfast.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -130,8 +131,10 @@ def record(run: Callable[[], object], variant: str) -> Iterator[Launch]:
         yield _launch(kernel, variant, args, dict(kwargs))
 
 
-def launches(dtype: str) -> list[Launch]:
-    """Every kernel in `dtype`, in both layouts, with and without what changes its accesses; equal ones once."""
+def launches(dtype: str, lanes: int) -> list[Launch]:
+    """Every kernel in `dtype`, in both layouts, with and without what changes its accesses; equal ones once. As launched where
+    a warp has that many threads."""
+    launch.LANES = lanes
     found = []
     for layout, act, residual in (
         ("channels_last", "relu", False),
@@ -179,9 +182,9 @@ def launches(dtype: str) -> list[Launch]:
 
         found += record(convolve, f"{dtype} {kernel}x{kernel} stride {stride}")
     unique = {}
-    for launch in found:
-        key = (launch.kernel.__name__, str(launch.signature), str(launch.constants))
-        unique.setdefault(key, launch)
+    for one in found:
+        key = (one.kernel.__name__, str(one.signature), str(one.constants))
+        unique.setdefault(key, one)
     return list(unique.values())
 
 
@@ -233,17 +236,17 @@ def _amd(text: str) -> tuple[int, int, dict, int]:
     return number("vgpr_count"), number("vgpr_spill_count"), widths, matrix
 
 
-def compile_one(launch: Launch, target: str) -> Row:
-    """Compiles `launch` for `target`, a name of TARGETS."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    made = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
+def compile_one(one: Launch, target: str) -> Row:
+    """Compiles a launch for `target`, a name of TARGETS."""
+    source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+    made = triton.compile(source, target=TARGETS[target], options=dict(one.options))
     if TARGETS[target].backend == "cuda":
         registers, spilled, widths, matrix = _nvidia(made.asm["cubin"])
     else:
         registers, spilled, widths, matrix = _amd(made.asm["amdgcn"])
     shared = made.metadata.shared
     occupancy = _occupancy(target, registers, shared, made.metadata.num_warps)
-    return Row(launch, target, registers, spilled, shared, occupancy, widths, matrix)
+    return Row(one, target, registers, spilled, shared, occupancy, widths, matrix)
 
 
 def problems(row: Row) -> list[str]:
@@ -304,10 +307,12 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
     rows = [
-        compile_one(launch, target)
+        compile_one(one, target)
         for dtype in dtypes
-        for launch in launches(dtype)
+        for lanes in (32, 64)
+        for one in launches(dtype, lanes)
         for target in targets
+        if TARGETS[target].warp_size == lanes
     ]
     print(markdown(rows), end="")
     if options.output:

@@ -597,8 +597,8 @@ MUTATIONS = [
         "bn_fwd_reduce",
         "offsets of 32 bits where they need more",
         TRITON_FWD,
-        "tl.full([1], size, tl.int64 if WIDE else tl.int32) * index",
-        "tl.full([1], size, tl.int32) * index",
+        "tl.full([], size, tl.int64 if WIDE else tl.int32) * index",
+        "tl.full([], size, tl.int32) * index",
     ),
     Mutation(
         "bn_fwd_reduce",

@@ -48,8 +48,8 @@ def spread(values, CHANNEL_IS_COLUMN: tl.constexpr):
 
 @triton.jit
 def times(index, size, WIDE: tl.constexpr):
-    """index * size, [1]; of 64 bits where offsets need them: Triton's indices have 32."""
-    return tl.full([1], size, tl.int64 if WIDE else tl.int32) * index
+    """index * size; of 64 bits where offsets need them: Triton's indices have 32."""
+    return tl.full([], size, tl.int64 if WIDE else tl.int32) * index
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from torch import Tensor
 from bnfast import reference, weights
 from bnfast.reference import accumulator, conv_output_size, se_bwd_apply, se_fwd
 
+from . import launch
 from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_
 from .bn_fwd import (
     bn_fwd_apply,
@@ -28,7 +29,7 @@ from .bn_fwd import (
     times,
 )
 from .launch import TRITON_DTYPES, device_of
-from .layout import LEAST_VALUES, MOST_SPLITS, PROGRAMS, WARPS, cdiv, dense
+from .layout import LEAST_VALUES, MOST_SPLITS, PROGRAMS, cdiv, dense
 
 __all__ = [
     "bn_bwd_reduce_apply_dgrad",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 BLOCK_M, BLOCK_K, BLOCK_J = 64, 64, 32
+# With fewer the sums do not fit into the registers of every chip, with more a thread loads less than 16 bytes at once.
+THREADS = 256
 
 
 @triton.jit
@@ -202,9 +205,7 @@ def _convolve(
         BLOCK_J=BLOCK_J,
         ACC=TRITON_DTYPES[acc],
         PRECISION="ieee" if ieee or x.dtype != torch.float32 else "tf32",
-        num_warps=WARPS
-        if x.element_size() == 2
-        else 2 * WARPS,  # sums of a wider product need more registers
+        num_warps=THREADS // launch.LANES,
     )
     return z, parts
 

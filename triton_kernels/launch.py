@@ -13,6 +13,8 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Threads of a warp, which is how Triton counts them.
+LANES = 64 if torch.version.hip else 32
 _SAME = contextlib.nullcontext()
 
 
