@@ -1182,13 +1182,15 @@ def test_freed_weight_and_reused_address(cache):
     del w
     gc.collect()
     assert cache.cache_bytes() == 0
-    seen = set()
+    ids, places = set(), set()
     for _ in range(50):
         w = torch.randn(4, 3, 3, 3)
-        seen.add((id(w), w.data_ptr()))
+        ids.add(id(w))
+        places.add(w.data_ptr())
         assert_bit_equal(cache.transformed(w, "doubled", doubled), 2 * w, "doubled")
         del w
-    assert len(seen) < 50, "the allocator never gave memory back: the test tested nothing"
+    reused = min(len(ids), len(places)) < 50
+    assert reused, "neither an id nor memory was ever given again: the test tested nothing"
 
 
 @needs_native
