@@ -34,6 +34,7 @@ COPIED = (
     "pyproject.toml",
     "README.md",
     "LICENSE",
+    "bench",
     "bnfast",
     "csrc",
     "tests",
