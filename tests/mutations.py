@@ -596,7 +596,7 @@ MUTATIONS = [
     # Triton
     Mutation(
         "bn_fwd_reduce",
-        "offsets of 32 bits where they need more",
+        "triton: offsets of 32 bits where they need more",
         TRITON_FWD,
         "tl.full([], size, tl.int64 if WIDE else tl.int32) * index",
         "tl.full([], size, tl.int32) * index",
