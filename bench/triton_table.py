@@ -4,8 +4,8 @@ python -m bench.triton_table [--targets sm_90,gfx942] [--dtypes bf16] [--output 
 
 The launchers run as they are, on small tensors on the CPU; what they would launch is recorded and compiled. Columns:
 registers, spilled bytes, shared memory, theoretical occupancy, and the widths in bytes of the accesses to global memory.
-Exit status 1 where a kernel spills, where no access to a tensor of activations is 16 bytes wide although the sizes allow it, or
-where a convolution uses no matrix instruction.
+Exit status 1 where a kernel spills, where no access to a tensor of activations is 16 bytes wide although the sizes allow it,
+where a convolution uses no matrix instruction, or where a mask comes from other operations than elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bnfast import triton_kernels as kernels
+from bnfast.reference import Above, Below, Beside, Norm
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,6 +58,7 @@ NAMES = {
     torch.uint8: "u8",
     torch.int64: "i64",
 }
+MASK = "fsub fma fcmp"
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
@@ -66,8 +68,8 @@ class Launch:
 
     kernel: JITFunction
     variant: str
-    signature: dict[str, str]
-    constants: dict[str, object]
+    signature: dict[str, object]
+    constants: dict[tuple[int, ...], object]
     attributes: dict[tuple[int, ...], list]
     options: dict[str, int]
 
@@ -89,7 +91,8 @@ class Row:
     widths: dict[
         str, collections.Counter[int]
     ]  # "load" and "store" -> bytes of an access -> how often
-    matrix: int  # matrix instructions
+    matrix: collections.Counter[str]  # matrix instructions
+    masks: frozenset[str]  # what leads to comparisons of floats, from the subtraction on
 
 
 def _argument_type(value: object) -> str:
@@ -104,17 +107,22 @@ def _launch(kernel: JITFunction, variant: str, args: tuple, kwargs: dict) -> Lau
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constant = {p.name for p in kernel.params if p.is_constexpr}
-    constants = {n: v for n, v in values.items() if n in constant or v is None}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _argument_type(value)
+    constants, signature, attributes = {}, {}, {}
+
+    def describe(value: object, place: tuple[int, ...], is_constant: bool = False) -> object:
+        if isinstance(value, tuple):
+            fields = [describe(item, (*place, i)) for i, item in enumerate(value)]
+            return type(value)(*fields)
+        if is_constant or value is None:
+            constants[place] = value
+            return "constexpr"
         # As Triton does at a launch: 16 divides an allocation's address, and integers that it divides are marked.
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        return _argument_type(value)
+
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = describe(values[name], (index,), name in constant)
     return Launch(kernel, variant, signature, constants, attributes, options)
 
 
@@ -168,24 +176,64 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
 
         variant = f"{dtype} {layout} {act}{' residual' if residual else ''}"
         found += record(step, variant)
-    for kernel, stride in ((1, 1), (3, 1), (3, 2)):
-        x = torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]).contiguous(
-            memory_format=torch.channels_last
-        )
-        weight = torch.zeros(128, 64, kernel, kernel, dtype=DTYPES[dtype])
-        padding = [kernel // 2] * 2
-
-        def convolve(x=x, weight=weight, stride=stride, padding=padding):
-            kernels.conv_fwd_reduce(
-                x, weight, None, [stride] * 2, padding, [1, 1], 1, None, None, None, 0.1, 1e-5
-            )
-
-        found += record(convolve, f"{dtype} {kernel}x{kernel} stride {stride}")
+    for kernel, stride, forms in CONVOLUTIONS:
+        found += _convolutions(dtype, kernel, stride, forms)
+    z, r = (torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]) for _ in range(2))
+    z, r = (t.contiguous(memory_format=torch.channels_last) for t in (z, r))
+    norm = Norm(*torch.empty(4, 64))
+    both = (z, norm, r, norm, "relu", 0.0, True)
+    found += record(
+        lambda: kernels.bn_fwd_apply_both(*both), f"{dtype} channels_last relu both normalised"
+    )
     unique = {}
     for one in found:
-        key = (one.kernel.__name__, str(one.signature), str(one.constants))
+        name = one.kernel.__name__
+        # The kernels that finish a reduction differ in the number of splits alone.
+        key = (name, str(one.signature), "" if "finalise" in name else str(one.constants))
         unique.setdefault(key, one)
     return list(unique.values())
+
+
+# One of each kind is enough; (kernel size, stride, forms of `_convolutions`).
+CONVOLUTIONS = (
+    (1, 1, ("forward", "backward into an end")),
+    (3, 1, ("forward", "backward")),
+    (3, 2, ("forward behind bn_fwd_apply", "backward between inner units")),
+)
+
+
+def _convolutions(dtype: str, kernel: int, stride: int, forms: tuple[str, ...]) -> list[Launch]:
+    def image(channels: int, side: int) -> torch.Tensor:
+        t = torch.empty(4, channels, side, side, dtype=DTYPES[dtype])
+        return t.contiguous(memory_format=torch.channels_last)
+
+    x, beside, z = image(64, 16), image(64, 16), image(128, 16 // stride)
+    weight = torch.zeros(128, 64, kernel, kernel, dtype=DTYPES[dtype])
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1)
+    v, w = torch.empty(64), torch.empty(128)
+    stats = (None, None, None, 0.1, 1e-5)
+    above = (Above(z, w, w, w, w, w, w), "relu", 0.0)
+    bits = torch.empty(x.numel() // 8, dtype=torch.uint8)
+    inner, end = Below(x, None, v, v, v, v), Below(x, bits, v, v, v, v)
+
+    def dgrad(add, below, beside):
+        kernels.bn_bwd_apply_conv_dgrad_reduce(
+            z, *above, weight, [16, 16], *geometry, add, below, "relu", 0.0, beside
+        )
+
+    runs = {
+        "forward": lambda: kernels.conv_fwd_reduce(x, weight, None, *geometry, *stats),
+        "forward behind bn_fwd_apply": lambda: kernels.bn_fwd_apply_conv_fwd_reduce(
+            x, Norm(v, v, v, v), "relu", 0.0, weight, None, *geometry, *stats
+        ),
+        "backward": lambda: kernels.conv_dgrad(z, weight, [16, 16], *geometry),
+        "backward between inner units": lambda: dgrad(None, inner, None),
+        "backward into an end": lambda: dgrad(x, end, Beside(beside, v, v)),
+    }
+    found = []
+    for form in forms:
+        found += record(runs[form], f"{dtype} {kernel}x{kernel} stride {stride} {form}")
+    return found
 
 
 def _tool(name: str) -> str:
@@ -201,7 +249,7 @@ def _occupancy(target: str, registers: int, shared: int, warps: int) -> float:
     return min(most, min(by_registers, by_memory) * warps) / most
 
 
-def _nvidia(binary: bytes) -> tuple[int, int, dict, int]:
+def _nvidia(binary: bytes) -> tuple[int, int, dict, collections.Counter]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -219,11 +267,11 @@ def _nvidia(binary: bytes) -> tuple[int, int, dict, int]:
         small = re.search(r"\b[US](8|16)\b", flags.replace(".", " "))
         width = int(bits.group(1)) // 8 if bits else int(small.group(1)) // 8 if small else 4
         widths["store" if kind == "STG" else "load"][width] += 1
-    matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|DMMA)\b", code))
+    matrix = collections.Counter(re.findall(r"\b(?:[HDQ]MMA|[HQ]GMMA|UTC[HQ]MMA)\b", code))
     return registers, spilled, widths, matrix
 
 
-def _amd(text: str) -> tuple[int, int, dict, int]:
+def _amd(text: str) -> tuple[int, int, dict, collections.Counter]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
@@ -232,7 +280,7 @@ def _amd(text: str) -> tuple[int, int, dict, int]:
     bytes_of |= {"ushort": 2, "short": 2, "short_d16": 2, "short_d16_hi": 2}
     for kind, size in re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", text):
         widths[kind][bytes_of.get(size, 2)] += 1
-    matrix = len(re.findall(r"\bv_mfma_", text))
+    matrix = collections.Counter(re.findall(r"\bv_mfma(?=_)", text))
     return number("vgpr_count"), number("vgpr_spill_count"), widths, matrix
 
 
@@ -246,7 +294,43 @@ def compile_one(one: Launch, target: str) -> Row:
         registers, spilled, widths, matrix = _amd(made.asm["amdgcn"])
     shared = made.metadata.shared
     occupancy = _occupancy(target, registers, shared, made.metadata.num_warps)
-    return Row(one, target, registers, spilled, shared, occupancy, widths, matrix)
+    masks = mask_sequences(made.asm["llir"])
+    return Row(one, target, registers, spilled, shared, occupancy, widths, matrix, masks)
+
+
+def mask_sequences(llir: str) -> frozenset[str]:
+    """The operations from z - mean to each comparison of floats in a kernel's LLVM code, the last before machine code; an
+    addition (of a residual) left out. They are to be the same in all kernels: then a mask is the forward's bit for bit."""
+    definitions = {}
+    for name, operation in re.findall(r"^\s*(%[\w.]+) = (.*)$", llir, re.MULTILINE):
+        definitions[name] = operation
+    found = set()
+    for operation in definitions.values():
+        compared = re.match(r"fcmp (?!uno|ord)\w+ .*?(%[\w.]+),", operation)
+        if not compared:
+            continue
+        chain = ["fcmp"]
+        name = compared.group(1)
+        while chain[-1] not in ("fsub", "other"):
+            step = definitions.get(name, "")
+            if "@llvm.fma." in step:
+                chain.append("fma")
+            elif re.match(r"f(sub|add|mul|div)\b", step):
+                chain.append(step[:4])
+            elif not re.match(r"(insertelement|extractelement|shufflevector|bitcast)\b", step):
+                chain.append("other")
+            operands = re.findall(
+                r"(?<!@)%[\w.]+", step.split("(", 1)[-1] if "call" in step else step
+            )
+            if operands:
+                name = (
+                    operands[1]
+                    if step.startswith("insertelement") and len(operands) > 1
+                    else operands[0]
+                )
+        if chain[-1] == "fsub":
+            found.add(" ".join(op for op in reversed(chain) if op != "fadd"))
+    return frozenset(found)
 
 
 def problems(row: Row) -> list[str]:
@@ -255,6 +339,15 @@ def problems(row: Row) -> list[str]:
     is_conv = row.launch.kernel.__name__.startswith("conv")
     if is_conv and not row.matrix:
         found.append(f"{row.launch.name} for {row.target} uses no matrix instruction")
+    recomputes = row.launch.kernel.__name__.startswith("bn_bwd") and row.launch.variant.endswith(
+        "relu"
+    )
+    if recomputes and not row.masks:
+        found.append(f"{row.launch.name} for {row.target} shows no mask")
+    if row.masks - {MASK}:
+        found.append(
+            f"{row.launch.name} for {row.target} compares what {sorted(row.masks)} gives, not {MASK}"
+        )
     if row.spilled:
         found.append(f"{row.launch.name} for {row.target} spills {row.spilled} bytes")
     if "finalise" not in row.launch.kernel.__name__:
@@ -278,16 +371,20 @@ def _widths(counter: collections.Counter[int]) -> str:
     )
 
 
+def _matrix(counter: collections.Counter[str]) -> str:
+    return " ".join(f"{name} x{times}" for name, times in sorted(counter.items())) or "-"
+
+
 def markdown(rows: list[Row]) -> str:
     """The table, one line per kernel and target."""
     lines = [
-        "| kernel | target | registers | spilled | shared | occupancy | global loads | global stores | matrix instructions |",
-        "|---|---|--:|--:|--:|--:|---|---|--:|",
+        "| kernel | target | registers | spilled | shared | occupancy | global loads | global stores | matrix instructions | mask |",
+        "|---|---|--:|--:|--:|--:|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.launch.name} | {row.target} | {row.registers} | {row.spilled} | {row.shared} | {row.occupancy:.0%} | "
-            f"{_widths(row.widths['load'])} | {_widths(row.widths['store'])} | {row.matrix} |"
+            f"{_widths(row.widths['load'])} | {_widths(row.widths['store'])} | {_matrix(row.matrix)} | {', '.join(sorted(row.masks)) or '-'} |"
         )
     return "\n".join(lines) + "\n"
 

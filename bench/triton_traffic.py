@@ -1,7 +1,9 @@
-"""Global memory traffic of the Triton kernels, counted in the interpreter, beside the floor: python -m bench.triton_traffic
+"""Global memory traffic of the Triton kernels beside the floor: python -m bench.triton_traffic [--output FILE]
 
-Per kernel, bytes in all (every load and store of an element) and unique bytes (each address once per kernel and direction: what
-memory sees if everything read again hits the cache). Shapes are multiples of the tiles. Writes a table; runs without a GPU.
+Two steps, both without a GPU. In the interpreter every load and store of a kernel is counted, by argument: bytes in all, and
+unique bytes (each address once per kernel and direction: what memory sees if everything read again hits the cache), on shapes
+that are multiples of the tiles. Then a training step of a whole converted ResNet-50 runs with the kernels left out: what it
+would launch, times what the first step says about each kernel's arguments.
 """
 
 from __future__ import annotations
@@ -19,66 +21,109 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import torch
+import torchvision
+from bnfast.triton_kernels import conv_fwd
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from bench import cases
+import bnfast
 from bnfast import triton_kernels
+
+ROUTES = {
+    "two-pass": ("cudnn", False),
+    "moments in the epilogue": ("fused", False),
+    "full chain": ("fused", True),
+}
+DTYPE = torch.float16
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Bytes of one kernel's launches: in all, and at distinct addresses."""
+    """Bytes of one argument of one launch: loaded and stored at distinct addresses, and in all; and where the argument lies."""
 
+    launch: int
+    kernel: str
+    variant: tuple[int, ...]  # taps and strides of a convolution
+    argument: str
+    address: int
+    size: int
+    load: int = 0
+    store: int = 0
     total: int = 0
-    unique: int = 0
 
-
-class _Counter:
-    """Addresses that one launch loads from and stores to."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.places: dict[str, list[np.ndarray]] = {"load": [], "store": []}
-
-    def saw(self, direction: str, pointers: interpreter.TensorHandle, mask: np.ndarray) -> None:
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        places = pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)]
-        self.total += places.size * size
-        # Addresses of a byte each, so that elements of several sizes add up.
-        self.places[direction].append(
-            (places[:, None] + np.arange(size, dtype=places.dtype)).ravel()
-        )
-
+    @property
     def unique(self) -> int:
-        return sum(np.unique(np.concatenate(found)).size for found in self.places.values() if found)
+        return self.load + self.store
+
+
+def _tensors(names: list[str], args: tuple) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the arguments of a launch that are tensors, those in tuples included."""
+    for name, value in zip(names, args, strict=False):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple):
+            for field, item in zip(value._fields, value, strict=True):
+                if isinstance(item, Tensor):
+                    yield f"{name}.{field}", item
+
+
+def _arguments(executor, args: tuple, found: list[Traffic]) -> list[Traffic]:
+    """The arguments of a launch that are tensors."""
+    kernel = executor.fn.__name__
+    values = dict(zip(executor.arg_names, args, strict=False))
+    variant = tuple(values[n] for n in ("TAPS_H", "STRIDE_H") if n in values)
+    launch = found[-1].launch + 1 if found else 0
+    return [
+        Traffic(launch, kernel, variant, name, tensor.data_ptr(), tensor.nbytes)
+        for name, tensor in _tensors(executor.arg_names, args)
+    ]
+
+
+def _require_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("TRITON_INTERPRET is not 1; traffic is counted in Triton's interpreter")
 
 
 @contextlib.contextmanager
-def ledger() -> Iterator[dict[str, Traffic]]:
-    """Counts what kernels launched inside move, by kernel name. RuntimeError outside of Triton's interpreter."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("TRITON_INTERPRET is not 1; traffic is counted in Triton's interpreter")
-    found: dict[str, Traffic] = collections.defaultdict(Traffic)
+def ledger() -> Iterator[list[Traffic]]:
+    """Counts what kernels launched inside move. RuntimeError outside of Triton's interpreter."""
+    _require_interpreter()
+    found: list[Traffic] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, run = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    current: list[_Counter] = []
+    places: dict[str, list[np.ndarray]] = {"load": [], "store": []}
+
+    def saw(direction: str, pointers: interpreter.TensorHandle, mask: np.ndarray) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        at = pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)]
+        # Addresses of a byte each, so that elements of several sizes add up.
+        places[direction].append((at[:, None] + np.arange(size, dtype=at.dtype)).ravel())
 
     def counted_load(self, pointers, mask, *rest):
-        current[-1].saw("load", pointers, mask.data)
+        saw("load", pointers, mask.data)
         return load(self, pointers, mask, *rest)
 
     def counted_store(self, pointers, value, mask, *rest):
-        current[-1].saw("store", pointers, mask.data)
+        saw("store", pointers, mask.data)
         return store(self, pointers, value, mask, *rest)
 
     def counted_run(self, *args, **kwargs):
-        current.append(_Counter())
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            counter, entry = current.pop(), found[self.fn.__name__]
-            entry.total += counter.total
-            entry.unique += counter.unique()
+        for seen in places.values():
+            seen.clear()
+        result = run(self, *args, **kwargs)
+        # What shares its place with another argument (dz written over dy) counts once.
+        entries = list({e.address: e for e in reversed(_arguments(self, args, found))}.values())
+        for direction, seen in places.items():
+            every = np.sort(np.concatenate(seen)) if seen else np.empty(0, np.uint64)
+            unique = np.unique(every)
+            for entry in entries:
+                ends = (entry.address, entry.address + entry.size)
+                inside = [np.subtract(*np.searchsorted(a, ends)[::-1]) for a in (unique, every)]
+                setattr(entry, direction, int(inside[0]))
+                entry.total += int(inside[1])
+        found.extend(entries)
+        return result
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
     executor.__call__ = counted_run
@@ -89,10 +134,14 @@ def ledger() -> Iterator[dict[str, Traffic]]:
         executor.__call__ = run
 
 
+# ---- units and chains in the interpreter ---------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A unit of ResNet-50 as the floors distinguish them: accesses per element of its BatchNorm side, forward and backward, of
-    eager PyTorch and of the two-pass form (the convolution's own reads and writes left out; a bit per element is in `bits`)."""
+    eager PyTorch and of the two-pass form (the convolution's own reads and writes left out; a bit per element is in `bits`);
+    and in the full chain, the convolutions' own reads and writes included."""
 
     name: str
     act: str
@@ -100,6 +149,7 @@ class Kind:
     has_dgrad: bool
     eager: tuple[int, int]
     two_pass: tuple[int, int]
+    chain: tuple[float, float] | None
 
     @property
     def bits(self) -> int:
@@ -108,24 +158,24 @@ class Kind:
 
 
 KINDS = (
-    Kind("stem", "relu", False, False, (5, 5), (3, 2)),
-    Kind("inner", "relu", False, True, (5, 8), (3, 5)),
-    Kind("end", "relu", True, True, (8, 8), (4, 6)),
-    Kind("shortcut", "identity", False, True, (3, 5), (3, 5)),
+    Kind("stem", "relu", False, False, (5, 5), (3, 2), None),
+    Kind("inner", "relu", False, True, (5, 8), (3, 5), (2, 4)),
+    Kind("end", "relu", True, True, (8, 8), (4, 6), (5, 5)),
+    Kind("shortcut", "identity", False, True, (3, 5), (3, 5), (1, 3)),
 )
 SHAPE = (2, 128, 16, 32)  # multiples of all tiles
-DTYPE = torch.float16
 
 
-def run_unit(kind: Kind, layout: torch.memory_format) -> dict[str, Traffic]:
+def run_unit(kind: Kind, layout: torch.memory_format) -> list[Traffic]:
     """Forward and backward of one unit's BatchNorm side on z of SHAPE."""
     z, dy, residual = (
         torch.randn(SHAPE).to(DTYPE).contiguous(memory_format=layout) for _ in range(3)
     )
     gamma, beta = torch.rand(2, SHAPE[1]) + 0.5
+    running = (torch.zeros(SHAPE[1]), torch.ones(SHAPE[1]), torch.tensor(0))
     with ledger() as found:
         mean, rstd, _, bits = triton_kernels.bn_fwd_reduce_apply(
-            z, None, None, None, 0.1, 1e-5, gamma, beta, residual if kind.residual else None,
+            z, *running, 0.1, 1e-5, gamma, beta, residual if kind.residual else None,
             kind.act, 0.0, kind.residual,
         )  # fmt: skip
         state = (dy, z, mean, rstd, gamma, beta, None, bits if kind.residual else None, kind.act)
@@ -133,31 +183,7 @@ def run_unit(kind: Kind, layout: torch.memory_format) -> dict[str, Traffic]:
             triton_kernels.bn_bwd_reduce_apply(*state, 0.0, kind.residual)
         else:
             triton_kernels.bn_bwd_reduce(*state, 0.0)
-    return dict(found)
-
-
-def run_convolution(kernel: int) -> tuple[dict[str, Traffic], int]:
-    """Forward of a convolution to SHAPE with the moments in its epilogue, bn_fwd_apply and ReLU; and the bytes that the
-    convolution moves in any case: x, weight and z, once."""
-    out_channels = SHAPE[1]
-    x = torch.randn(SHAPE[0], out_channels // 2, *SHAPE[2:]).to(DTYPE)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(out_channels, x.shape[1], kernel, kernel).to(DTYPE)
-    gamma, beta = torch.rand(2, out_channels) + 0.5
-    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
-    before = os.environ.get("BNFAST_TRITON_CONV")
-    os.environ["BNFAST_TRITON_CONV"] = "fused"
-    try:
-        with ledger() as found:
-            z, *_ = triton_kernels.conv_fwd_reduce_apply(
-                x, weight, None, *geometry, None, None, None, 0.1, 1e-5, gamma, beta, None, "relu", 0.0, False
-            )  # fmt: skip
-    finally:
-        if before is None:
-            del os.environ["BNFAST_TRITON_CONV"]
-        else:
-            os.environ["BNFAST_TRITON_CONV"] = before
-    return dict(found), x.nbytes + weight.nbytes + z.nbytes
+    return found
 
 
 def floor_bytes(kind: Kind) -> float:
@@ -165,87 +191,353 @@ def floor_bytes(kind: Kind) -> float:
     return np.prod(SHAPE) * (sum(kind.two_pass) * DTYPE.itemsize + kind.bits / 8)
 
 
-def kind_of(unit: cases.Unit, is_first: bool) -> str:
-    if is_first:
-        return "stem"
-    return "end" if unit.residual else "shortcut" if unit.act == "identity" else "inner"
+class Bottleneck(nn.Module):
+    """A bottleneck of ResNet-50 in any width."""
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+
+        def layer(*conv):
+            return nn.Sequential(nn.Conv2d(*conv, bias=False), nn.BatchNorm2d(conv[1]))
+
+        self.first = layer(in_channels, channels, 1)
+        self.second = layer(channels, channels, 3, stride, 1)
+        self.third = layer(channels, out_channels, 1)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = layer(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+        return torch.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-def resnet50_bytes(per_element: dict[str, float]) -> float:
-    """Bytes per image of the BatchNorm side of ResNet-50 at 224 from bytes per element of each kind."""
-    return sum(
-        per_element[kind_of(unit, i == 0)] * unit.channels * unit.height * unit.width
-        for i, unit in enumerate(cases.units("resnet50"))
+@contextlib.contextmanager
+def route(name: str) -> Iterator[None]:
+    """Within it convolutions go one of the ROUTES."""
+    conv, joins = ROUTES[name]
+    before, fuses = os.environ.get("BNFAST_TRITON_CONV"), triton_kernels.fuses_chain
+    os.environ["BNFAST_TRITON_CONV"] = conv
+    if not joins:
+        triton_kernels.fuses_chain = lambda *args: False
+    try:
+        with bnfast.use_backend("triton"):
+            yield
+    finally:
+        triton_kernels.fuses_chain = fuses
+        if before is None:
+            del os.environ["BNFAST_TRITON_CONV"]
+        else:
+            os.environ["BNFAST_TRITON_CONV"] = before
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    """One training step's forward and backward with a random gradient."""
+    y = model(x)
+    y.backward(torch.randn_like(y))
+
+
+def run_chain(blocks: list[Bottleneck], size: tuple[int, int, int]) -> list[Traffic]:
+    """A full chain of bottlenecks in the interpreter, x [N, J, H, W]: every launch's arguments in order."""
+    model = bnfast.convert(nn.Sequential(*blocks), inplace=True)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(DTYPE)
+    batch, height, width = size
+    x = torch.randn(batch, blocks[0].first[0].in_channels, height, width).to(DTYPE)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with route("full chain"), ledger() as found:
+        step(model, x)
+    return found
+
+
+FORWARD = (
+    "conv_fwd_reduce_kernel",
+    "bn_fwd_reduce_kernel",
+    "finalise_moments_kernel",
+    "bn_fwd_apply_kernel",
+)
+
+
+def per_unit(found: list[Traffic]) -> dict[int, dict[str, float]]:
+    """Unique bytes of a chain's launches by unit, in the order of its convolutions, "forward" and "backward". A unit is charged
+    with its z, its y and its gradient wherever they are read, with what it reads as residual, and with its channel vectors;
+    the chain's input and weights belong to none."""
+    unit_of: dict[int, int] = {}  # address of a z or y -> unit
+    sums: dict[int, dict[str, float]] = collections.defaultdict(
+        lambda: {"forward": 0, "backward": 0}
     )
+    units = 0
+    last = None  # the unit whose partial results the finalising kernel that follows merges
+    for entries in by_launch(found):
+        kernel = entries[0].kernel
+        at = {entry.argument: entry for entry in entries}
+        owners: dict[str, int | None] = {}
+
+        def unit(argument: str, at=at) -> int | None:
+            return unit_of.get(at[argument].address) if argument in at else None
+
+        if kernel == "conv_fwd_reduce_kernel":
+            unit_of[at["z_ptr"].address] = last = units
+            units += 1
+            source = unit("x_ptr")
+            owners = {n: source if n == "x_ptr" or n.startswith("norm") else last for n in at}
+        elif kernel == "conv_dgrad_kernel":
+            below = last = unit("below.z")
+            for name in at:
+                owners[name] = below
+                if name == "dy_ptr" or name.startswith("above"):
+                    owners[name] = unit("above.z")
+                elif name.startswith("beside"):
+                    owners[name] = unit("beside.z")
+        elif "z_ptr" in at:
+            owner = last = unit("z_ptr")
+            owners = dict.fromkeys(at, owner)
+            if "y_ptr" in at:
+                unit_of[at["y_ptr"].address] = owner
+            owners["residual_norm.mean"] = unit("residual_ptr")
+        else:
+            owners = dict.fromkeys(at, last)
+        owners["w_ptr"] = None
+        direction = "forward" if kernel in FORWARD else "backward"
+        for name, entry in at.items():
+            if owners[name] is not None:
+                sums[owners[name]][direction] += entry.unique
+    return sums
 
 
-def table() -> str:
-    """The table in Markdown."""
-    lines = [
-        "# Global memory traffic of the Triton kernels",
-        "",
-        f"Counted in the interpreter on {list(SHAPE)}, float16, by `python -m bench.triton_traffic`: bytes per element, unique (each",
-        "address once per kernel and direction) and in all, beside the floor of the two-pass form and what eager PyTorch moves. The",
-        "BatchNorm side alone: convolutions' own reads and writes are left out.",
-        "",
-        "| unit | layout | kernel | unique | in all |",
-        "|---|---|---|---|---|",
-    ]
+def by_launch(found: list[Traffic]) -> list[list[Traffic]]:
+    launches: dict[int, list[Traffic]] = collections.defaultdict(list)
+    for entry in found:
+        launches[entry.launch].append(entry)
+    return list(launches.values())
+
+
+# ---- a whole network with the kernels left out ---------------------------------------------------------------------------
+
+
+Shares = dict[tuple[str, tuple[int, ...], str], tuple[float, float]]
+
+
+def shares(found: list[Traffic]) -> Shares:
+    """What part of an argument a kernel loads and stores, by (kernel, variant, argument)."""
+    sums: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for entry in found:
+        one = sums[entry.kernel, entry.variant, entry.argument]
+        for i, value in enumerate((entry.load, entry.store, entry.size)):
+            one[i] += value
+    return {key: (load / size, store / size) for key, (load, store, size) in sums.items()}
+
+
+class _ConvolutionBytes(TorchDispatchMode):
+    """Makes convolutions empty results, and counts what they read and write, weights left out; additions as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if function is aten.convolution.default:
+            x, weight, _, stride, padding, dilation, transposed, extra, _ = args
+            batch, _, *sizes = x.shape
+            kernel = weight.shape[2:]
+            geometry = zip(sizes, kernel, stride, padding, dilation, extra, strict=True)
+            if transposed:
+                sizes = [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, d, e in geometry]
+            else:
+                sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in geometry]
+            y = x.new_empty((batch, weight.shape[1 if transposed else 0], *sizes))
+            y = y.contiguous(memory_format=torch.channels_last)
+            self.bytes += x.nbytes + y.nbytes
+            return y
+        result = function(*args, **(kwargs or {}))
+        if function in (aten.add.Tensor, aten.add_.Tensor) and result.dim() == 4:
+            self.bytes += 3 * result.nbytes
+        return result
+
+
+@contextlib.contextmanager
+def left_out(known: Shares) -> Iterator[list[float]]:
+    """Kernels launched inside do not run; the list gets the unique bytes that each would have moved, weights left out."""
+    _require_interpreter()
+    run = interpreter.GridExecutor.__call__
+    moved: list[float] = []
+
+    def recorded(self, *args, **kwargs):
+        for entry in _arguments(self, args, []):
+            if entry.argument != "w_ptr":
+                key = (entry.kernel, entry.variant, entry.argument)
+                # A kernel size that was not measured reads whole tensors, as all do but strided 1x1.
+                load, store = known.get(key) or known[(entry.kernel, (3, 1), entry.argument)]
+                moved.append((load + store) * entry.size)
+
+    interpreter.GridExecutor.__call__ = recorded
+    try:
+        yield moved
+    finally:
+        interpreter.GridExecutor.__call__ = run
+
+
+def resnet50_bytes(path: str, known: Shares, batch: int = 32) -> float:
+    """Bytes per image of the convolutions, BatchNorms, activations and additions of a training step of ResNet-50 at 224, pooling
+    and classifier left out."""
+    model = bnfast.convert(torchvision.models.resnet50(), inplace=True).to(DTYPE)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    x = torch.randn(batch, 3, 224, 224).to(DTYPE).contiguous(memory_format=torch.channels_last)
+    with route(path), left_out(known) as moved, _ConvolutionBytes() as convolutions:
+        step(model, x)
+    return (sum(moved) + convolutions.bytes) / batch
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------------
+
+# Bytes per image in MB, float16, the convolutions' own reads and writes included, from passes per element: eager PyTorch, what
+# torch.compile's two-pass form moves, and the floor of each path. Bits are left out of all.
+EAGER, COMPILED = 421.1, 314.0
+FLOORS = {"two-pass": 314.0, "moments in the epilogue": 291.8, "full chain": 172.2}
+
+
+def units_table() -> tuple[list[str], list[Traffic]]:
+    """Lines about units in the two-pass form, and what was counted for them in channels_last."""
+    lines = ["| unit | layout | kernel | unique | in all |", "|---|---|---|---|---|"]
     elements = float(np.prod(SHAPE))
-    sums: dict[str, dict[str, float]] = {}
+    sums: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    counted: list[Traffic] = []
     for layout in (torch.channels_last, torch.contiguous_format):
         name = "channels_last" if layout == torch.channels_last else "NCHW"
         for kind in KINDS:
             found = run_unit(kind, layout)
-            for kernel, traffic in found.items():
+            if layout == torch.channels_last:
+                counted += found
+            for entries in by_launch(found):
+                unique, total = (sum(getattr(e, n) for e in entries) for n in ("unique", "total"))
                 lines.append(
-                    f"| {kind.name} | {name} | {kernel} | {traffic.unique / elements:.3f} | {traffic.total / elements:.3f} |"
+                    f"| {kind.name} | {name} | {entries[0].kernel} | {unique / elements:.3f} | {total / elements:.3f} |"
                 )
-            unique = sum(t.unique for t in found.values()) / elements
-            total = sum(t.total for t in found.values()) / elements
-            lines.append(f"| {kind.name} | {name} | **all** | **{unique:.3f}** | **{total:.3f}** |")
-            sums.setdefault(name, {})[kind.name] = unique
-    floor = {k.name: floor_bytes(k) / elements for k in KINDS}
-    eager = {k.name: float(sum(k.eager) * DTYPE.itemsize) for k in KINDS}
-    lines += ["", "| unit | floor | channels_last | NCHW | eager |", "|---|---|---|---|---|"]
-    rows = [
-        (k.name, *(d[k.name] for d in (floor, sums["channels_last"], sums["NCHW"], eager)))
-        for k in KINDS
-    ]
-    lines += [
-        f"| {name}, bytes per element | " + " | ".join(f"{v:.2f}" for v in values) + " |"
-        for name, *values in rows
-    ]
-    whole = [resnet50_bytes(d) / 1e6 for d in (floor, sums["channels_last"], sums["NCHW"], eager)]
-    lines.append("| ResNet-50, MB per image | " + " | ".join(f"{v:.1f}" for v in whole) + " |")
+            sums[name][kind.name] = sum(entry.unique for entry in found) / elements
     lines += [
         "",
-        "Forward of an inner unit with the moments in the convolution's epilogue, channels_last; floor: read z, write y.",
-        "",
-        "| convolution | kernel | unique | in all |",
-        "|---|---|---|---|",
+        "| bytes per element | floor | channels_last | NCHW | eager |",
+        "|---|--:|--:|--:|--:|",
     ]
-    for kernel in (1, 3):
-        found, own = run_convolution(kernel)
-        label = f"{kernel}x{kernel}, {SHAPE[1] // 2} to {SHAPE[1]} channels"
-        for name, traffic in found.items():
-            lines.append(
-                f"| {label} | {name} | {traffic.unique / elements:.3f} | {traffic.total / elements:.3f} |"
-            )
-        side = (sum(t.unique for t in found.values()) - own) / elements
-        floor_side = 2 * DTYPE.itemsize
+    for kind in KINDS:
+        floor, eager = floor_bytes(kind) / elements, float(sum(kind.eager) * DTYPE.itemsize)
+        values = (floor, sums["channels_last"][kind.name], sums["NCHW"][kind.name], eager)
+        lines.append(f"| {kind.name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return lines, counted
+
+
+def chain_accesses(channels: int, size: tuple[int, int, int]) -> dict[str, tuple[float, float]]:
+    """Unique accesses per element, forward and backward, of the units in the middle of a full chain of three bottlenecks, the
+    first with a shortcut."""
+    wide = 4 * channels
+    blocks = [Bottleneck(2 * channels, channels, wide)]
+    blocks += [Bottleneck(wide, channels, wide) for _ in range(2)]
+    sums = per_unit(run_chain(blocks, size))
+    pixels = np.prod(size) * DTYPE.itemsize
+    # Convolutions in order: two inner ones, the shortcut, the end; then the middle block.
+    places = {"inner": (5, channels), "end": (6, wide), "shortcut": (2, wide)}
+    return {
+        kind: tuple(sums[unit][way] / (pixels * width) for way in ("forward", "backward"))
+        for kind, (unit, width) in places.items()
+    }
+
+
+def table() -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Global memory traffic of the Triton kernels",
+        "",
+        "Counted in the interpreter, float16, by `python -m bench.triton_traffic`. Unique: each address once per kernel and direction,",
+        "what memory sees if everything read again hits the cache.",
+        "",
+        "## ResNet-50 at 224, MB per image",
+        "",
+        "A training step of the converted model with the kernels left out, times what the interpreter says about each kernel's",
+        "arguments; the convolutions' own reads and writes included, weights, pooling and classifier not. The floors, eager and",
+        "torch.compile are passes per element times elements.",
+        "",
+        "| path | unique | floor | | eager | torch.compile |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    units, counted = units_table()
+    wide = 256
+    counted += run_chain([Bottleneck(128, 64, wide, 2), Bottleneck(wide, 64, wide)], (1, 32, 32))
+    known = shares(counted)
+    for path in ROUTES:
+        moved = resnet50_bytes(path, known) / 1e6
         lines.append(
-            f"| {label} | **without x, weight and z of the convolution** | **{side:.3f}** (floor {floor_side}) | |"
+            f"| {path} | {moved:.1f} | {FLOORS[path]:.1f} | {moved / FLOORS[path]:.3f}x | {EAGER:.1f} | {COMPILED:.1f} |"
         )
+    size = (4, 32, 32)
+    lines += [
+        "",
+        "## A full chain of bottlenecks, unique accesses per element",
+        "",
+        f"Units in the middle, {list(size)} pixels, 64 and 256 channels; what reads and writes their z, y and gradients, convolutions",
+        "included, and what they read as residual.",
+        "",
+        "| unit | forward | floor | backward | floor |",
+        "|---|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    floors = {kind.name: kind.chain for kind in KINDS}
+    for kind, (forward, backward) in chain_accesses(64, size).items():
+        at_best = floors[kind]
+        lines.append(f"| {kind} | {forward:.3f} | {at_best[0]} | {backward:.3f} | {at_best[1]} |")
+    lines += [
+        "",
+        "## What the chain's kernels read again",
+        "",
+        f"Tiles of {conv_fwd.BLOCK_M} pixels, {conv_fwd.BLOCK_K} channels of the result and {conv_fwd.BLOCK_J} of the sum: each block of",
+        "channels reads its pixels anew, each tap as well, each tile of pixels its weights.",
+        "",
+        "| kernel | kernel size, stride | argument | times its size, unique | in all |",
+        "|---|---|---|--:|--:|",
+    ]  # fmt: skip
+    for (kernel, variant, argument), (unique, total) in read_again(counted).items():
+        lines.append(
+            f"| {kernel} | {variant[0]}, {variant[1]} | {argument} | {unique:.2f} | {total:.2f} |"
+        )
+    lines += [
+        "",
+        "## Units in the two-pass form, bytes per element",
+        "",
+        f"On {list(SHAPE)}; the BatchNorm side alone, convolutions' own reads and writes left out.",
+        "",
+        *units,
+    ]
     return "\n".join(lines) + "\n"
 
 
+def read_again(found: list[Traffic]) -> dict[tuple, tuple[float, float]]:
+    """(unique, in all) over their sizes of the tensors that convolutions move."""
+    sums: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for entry in found:
+        if entry.variant and entry.argument in (
+            "x_ptr",
+            "w_ptr",
+            "z_ptr",
+            "dy_ptr",
+            "dx_ptr",
+            "above.z",
+        ):
+            one = sums[entry.kernel, entry.variant, entry.argument]
+            for i, value in enumerate((entry.unique, entry.total, entry.size)):
+                one[i] += value
+    return {
+        key: (unique / size, total / size) for key, (unique, total, size) in sorted(sums.items())
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table, or writes it."""
+    """Prints the page, or writes it."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.triton_traffic", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--output", type=Path, help="file to write the table to")
+    parser.add_argument("--output", type=Path, help="file to write the page to")
     args = parser.parse_args(arguments)
     text = table()
     if args.output:

@@ -187,6 +187,7 @@ def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
     return dx
 
 
+fuses_chain = reference.fuses_chain
 se_fwd = _pooled(reference.se_fwd)
 se_bwd_apply = _pooled(reference.se_bwd_apply)
 

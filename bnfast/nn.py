@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from . import ops
@@ -40,7 +40,9 @@ class _FrozenConv(_Noted):
             and is_frozen(self)
             and input.dim() == self.weight.dim()
         ):
-            return run_chain(input, "auto", (self, None, "identity", 0.0, None, False, None))
+            return run_chain(
+                input, "auto", (self, None, "identity", 0.0, None, False, None, None, None)
+            )
         return super().forward(input)
 
 
@@ -67,7 +69,9 @@ class _BatchNormAct(_Noted):
         """act(BatchNorm(input) + residual); both [N, C, ...] of one shape and dtype, any strides."""
         self._check_input_dim(input)
         return run_chain(
-            input, "auto", (None, self, self.act, self.negative_slope, residual, False, None)
+            input,
+            "auto",
+            (None, self, self.act, self.negative_slope, residual, False, None, None, None),
         )
 
 
@@ -180,7 +184,9 @@ class FrozenConvBNAct2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, J, H, W], residual of the output's shape [N, C, H', W'] and dtype, or None."""
         return run_chain(
-            x, "auto", (self.conv, self.bn, self.act, self.negative_slope, residual, False, None)
+            x,
+            "auto",
+            (self.conv, self.bn, self.act, self.negative_slope, residual, False, None, None, None),
         )
 
     def extra_repr(self) -> str:
@@ -223,53 +229,115 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
     return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
 
 
-def run_chain(x: Tensor, backend: str, *units: tuple) -> Tensor:
-    """Runs (conv, bn, act, negative_slope, residual, adds_in_place, squeeze) units, each on the last's output.
+def run_chain(x: Tensor, backend: str, *entries: tuple) -> Tensor:
+    """Runs a chain of (conv, bn, act, negative_slope, residual, adds_in_place, squeeze, source, residual_source) units.
 
-    conv, bn, residual and squeeze may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`. Decides at
-    each call what runs fused: a convolution whose weight or bias needs a gradient runs as itself, as does squeeze and
-    excitation with such a part, and a residual of another shape or dtype is added the ordinary way.
+    conv, bn, residual, squeeze and the sources may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`;
+    the sources are links within the chain, see `ops.Unit`. Decides at each call what runs fused: where a
+    convolution's or a squeeze's weight or bias needs a gradient, or a residual has another shape or dtype than what it is
+    added to, every unit runs on its own and what cannot be fused as itself.
     """
-    ready: list[ops.Unit] = []
-    for conv, bn, act, slope, residual, adds_in_place, squeeze in units:
-        fields: dict[str, Any] = {}
-        if squeeze is not None:
-            if x.dim() == 4 and is_frozen(conv) and all(map(_is_frozen_pointwise, squeeze[::2])):
-                fields["squeeze"] = _squeeze_unit(*squeeze)
-            else:
-                if ready:
-                    x = ops.frozen_conv_bn_act(x, ready, backend)
-                    ready = []
-                x = _squeeze(x, *squeeze)
-        if conv is not None:
-            fits = x.dim() == conv.weight.dim()
-            if fits and is_frozen(conv):
-                fields["weight"] = conv.weight
-                fields["bias"] = conv.bias
-                if conv.weight.dim() > 2:
-                    fields["stride"] = conv.stride
-                    fields["padding"] = _padding(conv)
-                    fields["dilation"] = conv.dilation
-                    fields["groups"] = conv.groups
-            else:
-                if ready:
-                    x = ops.frozen_conv_bn_act(x, ready, backend)
-                    ready = []
-                x = conv(x)
-        if bn is None:
-            fields["normalize"] = False
+    units = []
+    values = _Values(x)
+    for entry in entries:
+        unit = _unit(x, *entry)
+        if unit is None or not values.fit(unit):
+            return _run_apart(x, backend, entries)
+        units.append(unit)
+    return ops.frozen_conv_bn_act(x, units, backend)
+
+
+def _fits(x: Tensor, conv: nn.Module | None) -> bool:
+    """Whether a convolution of x, if there is one, can be part of a unit."""
+    return conv is None or (x.dim() == conv.weight.dim() and is_frozen(conv))
+
+
+def _squeeze_fits(x: Tensor, squeeze: tuple | None) -> bool:
+    return squeeze is None or (x.dim() == 4 and all(map(_is_frozen_pointwise, squeeze[::2])))
+
+
+def _unit(
+    x, conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source
+) -> ops.Unit | None:
+    """One entry of run_chain as a unit, None where a part of it cannot be in one; x has the right number of dimensions."""
+    if not (_fits(x, conv) and _squeeze_fits(x, squeeze)):
+        return None
+    fields: dict[str, Any] = {}
+    if conv is not None:
+        fields["weight"] = conv.weight
+        fields["bias"] = conv.bias
+        if conv.weight.dim() > 2:
+            fields["stride"] = conv.stride
+            fields["padding"] = _padding(conv)
+            fields["dilation"] = conv.dilation
+            fields["groups"] = conv.groups
+    if squeeze is not None:
+        fields["squeeze"] = _squeeze_unit(*squeeze)
+    if bn is None:
+        fields["normalize"] = False
+    else:
+        bn._check_input_dim(x)  # a frozen convolution keeps the number of dimensions
+        _norm_fields(bn, fields)
+    return ops.Unit(
+        **fields,
+        residual=residual,
+        act=act,
+        negative_slope=slope,
+        source=source,
+        residual_source=residual_source,
+    )
+
+
+def _run_apart(x: Tensor, backend: str, entries: tuple) -> Tensor:
+    """Each unit of a chain on its own, and what cannot be part of one by PyTorch."""
+    outputs = [*[None] * len(entries), x]  # the last one is -1's
+    for i, entry in enumerate(entries):
+        conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source = entry
+        x = outputs[i - 1 if source is None else source]
+        if residual_source is not None:
+            residual = outputs[residual_source]
+        if not (_fits(x, conv) and _squeeze_fits(x, squeeze)):
+            if squeeze is not None:
+                x, squeeze = _squeeze(x, *squeeze), None
+            if not _fits(x, conv):
+                x, conv = conv(x), None
+        unit = _unit(x, conv, bn, act, slope, residual, adds_in_place, squeeze, None, None)
+        if _Values(x).fit(unit):
+            x = ops.frozen_conv_bn_act(x, [unit], backend)
         else:
-            bn._check_input_dim(x)  # a frozen convolution keeps the number of dimensions
-            _norm_fields(bn, fields)
-        if residual is not None and not _residual_fits(residual, x, ready, fields):
-            ready.append(ops.Unit(**fields))
-            x = ops.frozen_conv_bn_act(x, ready, backend)
-            ready = []
+            x = ops.frozen_conv_bn_act(x, [unit._replace(residual=None, act="identity")], backend)
             x = x.add_(residual) if adds_in_place else x + residual
             x = _ACT_FUNCTIONS[act](x, slope)
-            continue
-        ready.append(ops.Unit(**fields, residual=residual, act=act, negative_slope=slope))
-    return ops.frozen_conv_bn_act(x, ready, backend) if ready else x
+        outputs[i] = x
+    return x
+
+
+class _Values:
+    """Shape and dtype of a chain's values, to see whether a residual is like the output that it is added to."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.values = [(list(x.shape), x.dtype)]  # of the chain's input, then of each unit's output
+
+    def fit(self, unit: ops.Unit) -> bool:
+        """Takes the next unit in; False where its residual has another shape, dtype or device than its output."""
+        shape, dtype = self.values[-1 if unit.source is None else unit.source + 1]
+        weight = unit.weight
+        if weight is not None:
+            sizes = conv_output_size(shape[2:], weight, unit.stride, unit.padding, unit.dilation)
+            shape = [shape[0], weight.shape[0], *sizes]
+            if dtype != torch.float64 and torch.is_autocast_enabled(self.x.device.type):
+                dtype = torch.get_autocast_dtype(self.x.device.type)
+        self.values.append((shape, dtype))
+        residual = unit.residual
+        if unit.residual_source is not None:
+            return self.values[unit.residual_source + 1] == (shape, dtype)
+        return residual is None or (
+            isinstance(residual, Tensor)
+            and list(residual.shape) == shape
+            and residual.dtype == dtype
+            and residual.device == self.x.device
+        )
 
 
 def _is_frozen_pointwise(conv: nn.Conv2d) -> bool:
@@ -308,29 +376,6 @@ def _norm_fields(bn: nn.Module, fields: dict[str, Any]) -> None:
             tracked = bn.num_batches_tracked
     fields["num_batches_tracked"] = tracked
     fields["momentum"] = 0.0 if bn.momentum is None and tracked is None else bn.momentum
-
-
-def _residual_fits(
-    residual: Tensor, x: Tensor, ready: list[ops.Unit], fields: dict[str, Any]
-) -> bool:
-    """Whether the residual has the shape and dtype of the unit's output."""
-    if not isinstance(residual, Tensor):
-        return False
-    shape = list(x.shape)
-    dtype = x.dtype
-    weights = False
-    for weight, stride, padding, dilation in [
-        *((u.weight, u.stride, u.padding, u.dilation) for u in ready),
-        tuple(fields.get(name) for name in ("weight", "stride", "padding", "dilation")),
-    ]:
-        if weight is None:
-            continue
-        weights = True
-        spatial = conv_output_size(shape[2:], weight, stride, padding, dilation)
-        shape = [shape[0], weight.shape[0], *spatial]
-    if weights and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return list(residual.shape) == shape and residual.dtype == dtype and residual.device == x.device
 
 
 # ---- planned blocks ----------------------------------------------------------------------------------------------------
@@ -433,6 +478,8 @@ class PlannedForward:
 
     def __call__(self, *args, **kwargs):
         block = self.block
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            return type(block).forward(block, *args, **kwargs)  # a trace goes through
         if self.plans is None:
             self._plan_again()
         if not _global_hooks():

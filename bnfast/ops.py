@@ -9,7 +9,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .reference import ACTS, BIT_ACTS, GATES, SMOOTH_ACTS, accumulator, conv_output_size, rstd_of
+from .reference import (
+    ACTS,
+    BIT_ACTS,
+    GATES,
+    SMOOTH_ACTS,
+    Above,
+    Below,
+    Beside,
+    Norm,
+    accumulator,
+    conv_output_size,
+    rstd_of,
+)
 
 
 class SqueezeExcite(NamedTuple):
@@ -36,6 +48,9 @@ class Unit(NamedTuple):
     gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
     are used. normalize says whether there is a BatchNorm at all; use_batch_statistics is BatchNorm's training mode.
     residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`.
+
+    source and residual_source say whose output is the input and the residual, by its place in the chain; -1 is the chain's
+    input. Without source it is the unit before; with residual_source there is no residual beside it.
     """
 
     weight: Tensor | None = None
@@ -57,25 +72,41 @@ class Unit(NamedTuple):
     act: str = "identity"
     negative_slope: float = 0.01
     squeeze: SqueezeExcite | None = None
+    source: int | None = None
+    residual_source: int | None = None
 
 
-# Tensor fields of a unit in the order in which the Function takes them; the others are its static description. The tensors
-# of squeeze and excitation follow those of all units.
-_TENSORS = (
-    "weight",
-    "bias",
-    "gamma",
-    "beta",
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-    "residual",
-)
+# Places of a unit's tensors among those that the Function takes; its static description is a _Spec. The tensors of squeeze and
+# excitation follow those of all units.
 _WEIGHT, _BIAS, _GAMMA, _BETA, _RUNNING_MEAN, _RUNNING_VAR, _TRACKED, _RESIDUAL = range(8)
 
 
+class _Spec(NamedTuple):
+    """What a unit is beside its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    normalize: bool
+    use_batch_statistics: bool
+    momentum: float | None
+    eps: float
+    act: str
+    slope: float
+    squeeze: tuple[str, str] | None  # act, gate
+    source: int
+    residual_source: int | None
+
+    @property
+    def is_fusable(self) -> bool:
+        """Whether the phases before and behind its convolution can join it."""
+        return self.normalize and self.use_batch_statistics and self.squeeze is None
+
+
 def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") -> Tensor:
-    """Runs a chain of units, each on the output of the one before.
+    """Runs a chain of units, each on the output of the one before or of the one that it names; every output but the last is
+    read by units of the chain alone.
 
     x [N, J, *], any strides, f64, f32, bf16 or f16; returns [N, C, *] of the last unit, in channels_last where x (or the
     weight) is. Saves for the backward pass, per unit, the convolution's output and one bit per element where a residual
@@ -86,15 +117,15 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
     Raises ValueError for what does not fit together, RuntimeError where a second derivative is asked for.
     """
     name = dispatch.pick(backend, x.device)
-    for unit in units:
-        _check(unit, x)
+    for i, unit in enumerate(units):
+        _check(unit, x, i)
     if torch.is_autocast_enabled(x.device.type) and any(u.weight is not None for u in units):
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != torch.float64:
             if units[0].weight is None:
                 # A leading BatchNorm stays in its input's dtype; the convolutions behind it do not.
                 x = frozen_conv_bn_act(x, units[:1], backend)
-                units = units[1:]
+                units = [_one_earlier(unit) for unit in units[1:]]
             x = x.to(dtype)
     if torch.compiler.is_compiling():
         # Dynamo takes no tensor twice, and a block's input is often its residual.
@@ -102,33 +133,56 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
             u if u.residual is None else u._replace(residual=u.residual.view_as(u.residual))
             for u in units
         ]
-    tensors = [getattr(unit, field) for unit in units for field in _TENSORS]
+    tensors = []
+    specs = []
+    for i, unit in enumerate(units):
+        tensors += (
+            unit.weight,
+            unit.bias,
+            unit.gamma,
+            unit.beta,
+            unit.running_mean,
+            unit.running_var,
+            unit.num_batches_tracked,
+            unit.residual,
+        )
+        specs.append(
+            _Spec(
+                unit.stride,
+                unit.padding,
+                unit.dilation,
+                unit.groups,
+                unit.normalize,
+                unit.use_batch_statistics,
+                unit.momentum,
+                unit.eps,
+                unit.act,
+                unit.negative_slope,
+                None if unit.squeeze is None else unit.squeeze[4:],
+                i - 1 if unit.source is None else unit.source,
+                unit.residual_source,
+            )
+        )
     for unit in units:
         if unit.squeeze is not None:
             tensors += unit.squeeze[:4]
     saves = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
-    specs = tuple(
-        (
-            u.stride,
-            u.padding,
-            u.dilation,
-            u.groups,
-            u.normalize,
-            u.use_batch_statistics,
-            u.momentum,
-            u.eps,
-            u.act,
-            u.negative_slope,
-            None if u.squeeze is None else u.squeeze[4:],
+    return _Chain.apply(tuple(specs), name, saves, x, *tensors)
+
+
+def _one_earlier(unit: Unit) -> Unit:
+    """A unit of a chain whose first one has run on its own."""
+    links = {"source": unit.source, "residual_source": unit.residual_source}
+    if -1 in links.values():
+        raise ValueError(
+            "a chain that begins with a BatchNorm names its input; under autocast it cannot"
         )
-        for u in units
-    )
-    return _Chain.apply(specs, name, saves, x, *tensors)
+    return unit._replace(**{n: None if k is None else k - 1 for n, k in links.items()})
 
 
-def _check(unit: Unit, x: Tensor) -> None:
+def _check(unit: Unit, x: Tensor, place: int) -> None:
     if unit.act not in ACTS:
         raise ValueError(f"act is {unit.act!r}; allowed are {', '.join(map(repr, ACTS))}")
     for name in ("weight", "bias"):
@@ -138,6 +192,11 @@ def _check(unit: Unit, x: Tensor) -> None:
                 f"{name} needs a gradient; frozen_conv_bn_act computes none for it: "
                 f"set {name}.requires_grad_(False), or run the convolution outside"
             )
+    for name, link in (("source", unit.source), ("residual_source", unit.residual_source)):
+        if link is not None and not -1 <= link < place:
+            raise ValueError(f"{name} of unit {place} is {link}; allowed are -1 to {place - 1}")
+    if unit.residual is not None and unit.residual_source is not None:
+        raise ValueError(f"unit {place} has both a residual and a residual_source")
     if unit.squeeze is not None:
         _check_squeeze(unit.squeeze, x)
     if unit.weight is None and not unit.normalize:
@@ -162,8 +221,19 @@ def _check_squeeze(squeeze: SqueezeExcite, x: Tensor) -> None:
         raise ValueError(f"x has {x.dim()} dimensions; squeeze needs [N, J, H, W]")
 
 
+def _readers(specs: tuple[_Spec, ...]) -> list[list[int]]:
+    """For each unit the units that read its output, as their input or residual; those of the chain's input at the end."""
+    readers: list[list[int]] = [[] for _ in range(len(specs) + 1)]
+    for i, spec in enumerate(specs):
+        readers[spec.source].append(i)
+        if spec.residual_source is not None:
+            readers[spec.residual_source].append(i)
+    return readers
+
+
 class _Chain(torch.autograd.Function):
-    """Forward and backward of a chain, unit by unit, through the phases of one backend."""
+    """Forward and backward of a chain through the phases of one backend: unit by unit, or where the backend says so with a
+    unit's bn_fwd_apply inside of its readers' convolutions, and its bn_bwd_reduce inside of the last one's data gradient."""
 
     @staticmethod
     def forward(ctx, specs, backend, saves, x, *tensors):
@@ -172,148 +242,322 @@ class _Chain(torch.autograd.Function):
         saved_squeeze = []
         input_sizes = []
         squeezes = iter(range(8 * len(specs), len(tensors), 4))
-        can_recompute = False  # x from what the unit before saves
+        readers = _readers(specs)
+        outputs = [None] * len(specs) + [x]  # the last one is -1's
+        waiting: dict[int, tuple] = {}  # units whose bn_fwd_apply their readers do: what it takes
+        recomputable = set()  # units whose output follows from what they save
         for i, spec in enumerate(specs):
-            (
-                stride,
-                padding,
-                dilation,
-                groups,
-                normalize,
-                batch_stats,
-                momentum,
-                eps,
-                act,
-                slope,
-                squeeze,
-            ) = spec
             weight, bias, gamma, beta, running_mean, running_var, tracked, residual = tensors[
                 8 * i : 8 * i + 8
             ]
+            x = outputs[spec.source]
             input_sizes.append(x.shape[2:])
-            if squeeze is not None:
+            residual_waits = None
+            if spec.residual_source is not None:
+                residual = outputs[spec.residual_source]
+                residual_waits = waiting.get(spec.residual_source)
+            if spec.squeeze is not None:
                 at = next(squeezes)
                 given = x
-                x, hidden, gate = phases.se_fwd(x, *tensors[at : at + 4], *squeeze)
-                saved_squeeze += (
-                    tensors[at],
-                    tensors[at + 2],
-                    hidden,
-                    gate,
-                    None if can_recompute else given,
-                )
+                x, hidden, gate = phases.se_fwd(x, *tensors[at : at + 4], *spec.squeeze)
+                kept = None if spec.source in recomputable else given
+                saved_squeeze += (tensors[at], tensors[at + 2], hidden, gate, kept)
             mean = rstd = bits = None
+            act, slope = spec.act, spec.slope
             want_bits = saves and residual is not None and act in BIT_ACTS
-            conv = (weight, bias, stride, padding, dilation, groups)
-            if normalize and batch_stats:
-                stats = (running_mean, running_var, tracked, momentum, eps)
-                rest = (*stats, gamma, beta, residual, act, slope, want_bits)
+            conv = (weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+            if spec.normalize and spec.use_batch_statistics:
+                stats = (running_mean, running_var, tracked, spec.momentum, spec.eps)
+                affine = (gamma, beta, residual, act, slope, want_bits)
                 if weight is None:
                     _check_count(x.shape)
                     z = x
-                    mean, rstd, x, bits = phases.bn_fwd_reduce_apply(z, *rest)
+                    mean, rstd, y, bits = phases.bn_fwd_reduce_apply(z, *stats, *affine)
                 else:
-                    sizes = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+                    sizes = conv_output_size(
+                        x.shape[2:], weight, spec.stride, spec.padding, spec.dilation
+                    )
                     _check_count([x.shape[0], weight.shape[0], *sizes])
-                    z, mean, rstd, x, bits = phases.conv_fwd_reduce_apply(x, *conv, *rest)
+                    before = waiting.get(spec.source)
+                    waits = residual is None and _readers_apply(
+                        phases, specs, tensors, readers[i], i, x
+                    )
+                    if before is None and residual_waits is None and not waits:
+                        z, mean, rstd, y, bits = phases.conv_fwd_reduce_apply(
+                            x, *conv, *stats, *affine
+                        )
+                    elif before is None:
+                        z, mean, _, rstd = phases.conv_fwd_reduce(x, *conv, *stats)
+                    else:
+                        z, mean, _, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
+                            x, *before, *conv, *stats
+                        )
+                    norm = Norm(mean, rstd, gamma, beta)
+                    if waits:
+                        waiting[i] = (norm, act, slope)
+                        y = z
+                    elif residual_waits is not None:
+                        y, bits = phases.bn_fwd_apply_both(
+                            z, norm, residual, residual_waits[0], act, slope, want_bits
+                        )
+                    elif before is not None:
+                        y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
             else:
-                z = x if weight is None else phases.conv_forward(x, *conv)
-                x = z
-            if normalize and not batch_stats:
+                y = z = x if weight is None else phases.conv_forward(x, *conv)
+            if spec.normalize and not spec.use_batch_statistics:
                 # A copy: the buffers may change before the backward pass.
                 mean = running_mean.to(accumulator(z.dtype), copy=True)
-                rstd = rstd_of(running_var.to(mean.dtype), eps)
-                x, bits = phases.bn_fwd_apply(
+                rstd = rstd_of(running_var.to(mean.dtype), spec.eps)
+                y, bits = phases.bn_fwd_apply(
                     z, mean, rstd, gamma, beta, residual, act, slope, want_bits
                 )
+            outputs[i] = y
+            for k in (spec.source, spec.residual_source):
+                if k is not None and k >= 0 and readers[k][-1] == i:
+                    outputs[k] = None  # nobody reads it any more
             bits = bits if want_bits else None
             hidden = residual if residual is not None and act in SMOOTH_ACTS else None
-            kept = (z if normalize else None, mean, rstd, bits, hidden)
-            can_recompute = normalize and residual is None
-            saved += (weight, gamma, beta, *kept)
+            if spec.normalize and residual is None:
+                recomputable.add(i)
+            saved += (weight, gamma, beta, z if spec.normalize else None, mean, rstd, bits, hidden)
         if saves:
             ctx.save_for_backward(*saved, *saved_squeeze)
             ctx.specs, ctx.backend, ctx.input_sizes = specs, backend, input_sizes
-        return x
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        phases = dispatch.module(ctx.backend)
-        saved = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[3:]
-        grads = [None] * len(needs)
-        squeezes = iter(range(len(saved) - 5, -1, -5))
-        ours = False  # dy was made here and nobody else holds it: dz may be written over it
-        for i in reversed(range(len(ctx.specs))):
-            stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope, squeeze = (
-                ctx.specs[i]
+        return None, None, None, *_Backward(ctx).run(dy)
+
+
+def _readers_apply(phases, specs, tensors, readers, i, x) -> bool:
+    """Whether unit i, which has no residual, leaves its bn_fwd_apply to those that read it: to convolutions, or to the one unit
+    whose residual it is; x has the layout and dtype of its z."""
+    if not readers or not phases.fuses_chain(x, tensors[8 * i], specs[i].groups):
+        return False
+    for reader in readers:
+        spec, weight = specs[reader], tensors[8 * reader]
+        if weight is None or not spec.is_fusable or not phases.fuses_chain(x, weight, spec.groups):
+            return False
+        if spec.residual_source == i and (
+            len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS
+        ):
+            return False
+    return True
+
+
+class _Backward:
+    """The backward pass of one chain, from its last unit to its first."""
+
+    def __init__(self, ctx) -> None:
+        self.phases = dispatch.module(ctx.backend)
+        self.specs = ctx.specs
+        self.input_sizes = ctx.input_sizes
+        self.saved = list(ctx.saved_tensors)
+        if not torch.compiler.is_compiling():
+            # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
+            ctx.maybe_clear_saved_tensors()
+        needs_x, *self.needs = ctx.needs_input_grad[3:]
+        count = len(self.specs)
+        # Whether what flows back into each unit's output, and at the end into the chain's input, is asked for.
+        self.wanted = [False] * count + [needs_x]
+        for i, spec in enumerate(self.specs):
+            r = spec.residual_source
+            self.wanted[i] = (
+                any(self.needs[8 * i : 8 * i + 8])
+                or self.wanted[spec.source]
+                or (r is not None and self.wanted[r])
             )
-            weight, gamma, beta, z, mean, rstd, bits, hidden = saved[8 * i : 8 * i + 8]
-            conv = (ctx.input_sizes[i], stride, padding, dilation, groups)
-            needs_input = needs_x or any(needs[: 8 * i])
-            first = 8 * i
-            if normalize:
-                state = (dy, z, mean, rstd, gamma, beta, hidden, bits)
-                needs_residual = needs[first + _RESIDUAL]
-                is_dresidual = act == "identity" and needs_residual
-                want = needs_residual and not is_dresidual
-                if is_dresidual:
-                    grads[first + _RESIDUAL] = dy
-                may_overwrite = ours and not is_dresidual
-                over_dy = may_overwrite and dy.stride() == z.stride()
-                dgamma = dbeta = dresidual = None
-                if batch_stats and needs_input and weight is not None:
-                    dgamma, dbeta, dy, dresidual = phases.bn_bwd_reduce_apply_dgrad(
-                        *state, act, slope, want, may_overwrite, weight, *conv
-                    )
-                elif batch_stats and needs_input:
-                    if over_dy:
-                        dgamma, dbeta, dresidual = phases.bn_bwd_reduce_apply_(
-                            *state, act, slope, want
-                        )
-                    else:
-                        dgamma, dbeta, dy, dresidual = phases.bn_bwd_reduce_apply(
-                            *state, act, slope, want
-                        )
-                else:
-                    if needs[first + _GAMMA] or needs[first + _BETA]:
-                        dgamma, dbeta = phases.bn_bwd_reduce(*state, act, slope)
-                    if needs_input or want:
-                        if over_dy:
-                            dresidual = phases.bn_bwd_apply_(*state, None, None, act, slope, want)
-                        else:
-                            dy, dresidual = phases.bn_bwd_apply(
-                                *state, None, None, act, slope, want
-                            )
-                if needs[first + _GAMMA]:
-                    grads[first + _GAMMA] = dgamma.to(gamma.dtype)
-                if needs[first + _BETA]:
-                    grads[first + _BETA] = dbeta.to(beta.dtype)
-                if want:
-                    grads[first + _RESIDUAL] = dresidual
-            if not needs_input:
-                break
-            if weight is not None and not (normalize and batch_stats):
-                dy = phases.conv_dgrad(dy, weight, *conv)
-            if squeeze is not None:
+        self.remaining = [len(readers) for readers in _readers(self.specs)]
+        self.flowing: list[Tensor | None] = [None] * (count + 1)
+        # Whether a gradient was made here and nobody else holds it: then it may be written over.
+        self.ours = [False] * (count + 1)
+        # (dgamma, dbeta) of units whose bn_bwd_reduce a convolution above has done; with bits their gradient is db then.
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.grads: list[Tensor | None] = [None] * len(self.needs)
+
+    def run(self, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the chain's input and of the units' tensors."""
+        squeezes = iter(range(len(self.saved) - 5, -1, -5))
+        self.flowing[len(self.specs) - 1] = dy
+        for i in reversed(range(len(self.specs))):
+            spec = self.specs[i]
+            squeeze = None
+            if spec.squeeze is not None:
                 at = next(squeezes)
-                dy = _squeeze_backward(phases, dy, saved[at : at + 5], squeeze, ctx.specs, saved, i)
-            # Captured graphs stay functional.
-            ours = not torch.compiler.is_compiling()
-        return None, None, None, dy if needs_x else None, *grads
+                squeeze = self.saved[at : at + 5]
+            if self.wanted[i]:
+                self.unit(i, spec, squeeze)
+            self.saved[8 * i : 8 * i + 8] = [None] * 8
+        return self.flowing[-1], *self.grads
+
+    def state(self, i: int) -> tuple:
+        """(weight, gamma, beta, z, mean, rstd, bits, hidden residual) of unit i."""
+        return self.saved[8 * i : 8 * i + 8]
+
+    def unit(self, i: int, spec: _Spec, squeeze: tuple | None) -> None:
+        """Unit i: its gradients of gamma, beta and residual, and what flows on to its input."""
+        dy, self.flowing[i] = self.flowing[i], None
+        weight, gamma, beta = self.saved[8 * i : 8 * i + 3]
+        needs_input = self.wanted[spec.source]
+        conv = (
+            weight, self.input_sizes[i], spec.stride, spec.padding, spec.dilation, spec.groups
+        )  # fmt: skip
+        if not spec.normalize:
+            self.flow(spec.source, self.phases.conv_dgrad(dy, *conv))
+            return
+        act = spec.act
+        sums = self.known.pop(i, None)
+        if sums is not None and self.saved[8 * i + 6] is not None:
+            act = "identity"  # dy is db
+        r = spec.residual_source
+        needs_residual = self.needs[8 * i + _RESIDUAL] or (r is not None and self.wanted[r])
+        want = needs_residual and act != "identity"
+        joins = (
+            needs_input
+            and weight is not None
+            and spec.is_fusable
+            and self.phases.fuses_chain(self.saved[8 * i + 3], weight, spec.groups)
+        )
+        run = self.joined if joins else self.alone
+        may_overwrite = self.ours[i] and (want or not needs_residual)
+        sums, dresidual, dx = run(i, spec, dy, act, sums, want, needs_input, may_overwrite, conv)
+        if needs_residual:
+            dresidual = dresidual if want else dy
+            if r is None:
+                self.grads[8 * i + _RESIDUAL] = dresidual
+            else:
+                self.flow(r, dresidual, want or self.ours[i])
+        if self.needs[8 * i + _GAMMA]:
+            self.grads[8 * i + _GAMMA] = sums[0].to(gamma.dtype)
+        if self.needs[8 * i + _BETA]:
+            self.grads[8 * i + _BETA] = sums[1].to(beta.dtype)
+        if joins:
+            self.below(i, spec, conv, *dx)
+        elif needs_input:
+            if squeeze is not None:
+                dx = _squeeze_backward(self.phases, dx, squeeze, self.specs, self.saved, i)
+            self.flow(spec.source, dx)
+
+    def joined(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
+        """(sums, dresidual, what the data gradient takes: dy and the unit that makes dz of it, or dz)."""
+        _, gamma, beta, z, mean, rstd, bits, hidden = self.state(i)
+        state = (dy, z, mean, rstd, gamma, beta, hidden, bits)
+        if sums is None and (want or bits is not None or hidden is not None):
+            *sums, dz, dresidual = self.phases.bn_bwd_reduce_apply(*state, act, spec.slope, want)
+            return sums, dresidual, (dz, None, act)
+        if sums is None:
+            sums = self.phases.bn_bwd_reduce(*state, act, spec.slope)
+        return sums, None, (dy, Above(z, mean, rstd, gamma, beta, *sums), act)
+
+    def below(self, i: int, spec: _Spec, conv: tuple, dy: Tensor, above, act: str) -> None:
+        """The data gradient of unit i, with what else flows into its input, and with bn_bwd_reduce of the unit there where it
+        is the last."""
+        k = spec.source
+        self.remaining[k] -= 1
+        below = beside = r = None
+        target = spec
+        if k >= 0 and self.remaining[k] == 0:
+            target = self.specs[k]
+            _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
+            if target.normalize and target.use_batch_statistics and hidden is None and _is_last(z):
+                below = Below(z, bits, mean, rstd, gamma, beta)
+                r = target.residual_source
+                if r is not None and self.takes_db(r, bits is not None or target.act == "identity"):
+                    beside = Beside(*self.state(r)[3:6])
+        dx, sums, sums_beside = self.phases.bn_bwd_apply_conv_dgrad_reduce(
+            dy, above, act, spec.slope, *conv, self.flowing[k], below, target.act, target.slope, beside
+        )  # fmt: skip
+        if sums is not None:
+            self.known[k] = sums
+        if sums_beside is not None:
+            self.known[r] = sums_beside
+        self.flowing[k], self.ours[k] = dx, True
+
+    def takes_db(self, r: int, is_db: bool) -> bool:
+        """Whether unit r's gradient is nothing but the db of the one unit that reads it."""
+        if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:
+            return False
+        spec = self.specs[r]
+        return (
+            spec.act == "identity"
+            and spec.normalize
+            and spec.use_batch_statistics
+            and _is_last(self.state(r)[3])
+        )
+
+    def alone(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
+        """(sums, dresidual, dx) by the unit's own phases."""
+        phases = self.phases
+        weight, gamma, beta, z, mean, rstd, bits, hidden = self.state(i)
+        bits = None if act == "identity" else bits
+        state = (dy, z, mean, rstd, gamma, beta, hidden, bits)
+        last = (act, spec.slope, want)
+        over_dy = may_overwrite and dy.stride() == z.stride()
+        dresidual = None
+        if spec.use_batch_statistics and needs_input and sums is None:
+            if weight is not None:
+                *sums, dx, dresidual = phases.bn_bwd_reduce_apply_dgrad(
+                    *state, *last, may_overwrite, *conv
+                )
+                return sums, dresidual, dx
+            if over_dy:
+                *sums, dresidual = phases.bn_bwd_reduce_apply_(*state, *last)
+            else:
+                *sums, dy, dresidual = phases.bn_bwd_reduce_apply(*state, *last)
+            return sums, dresidual, dy
+        means = sums if spec.use_batch_statistics and sums is not None else (None, None)
+        if sums is None and (self.needs[8 * i + _GAMMA] or self.needs[8 * i + _BETA]):
+            sums = phases.bn_bwd_reduce(*state, act, spec.slope)
+        if needs_input or want:
+            if over_dy:
+                dresidual = phases.bn_bwd_apply_(*state, *means, *last)
+            else:
+                dy, dresidual = phases.bn_bwd_apply(*state, *means, *last)
+        if needs_input and weight is not None:
+            dy = phases.conv_dgrad(dy, *conv)
+        return sums, dresidual, dy
+
+    def flow(self, k: int, gradient: Tensor, is_ours: bool = True) -> None:
+        """Adds a gradient to what flows back into unit k's output."""
+        self.remaining[k] -= 1
+        if not self.wanted[k]:
+            return
+        before = self.flowing[k]
+        if before is not None:
+            if self.ours[k] and before.stride() == gradient.stride():
+                gradient = before.add_(gradient)
+            else:
+                gradient = before + gradient
+            is_ours = True
+        self.flowing[k] = gradient
+        # Captured graphs stay functional.
+        self.ours[k] = is_ours and not torch.compiler.is_compiling()
 
 
-def _squeeze_backward(phases, dy, kept, squeeze, specs, saved, i):
+def _is_last(z: Tensor) -> bool:
+    """Whether z is in channels_last and in nothing else."""
+    return (
+        z.dim() == 4
+        and not z.is_contiguous()
+        and z.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _squeeze_backward(phases, dy, kept, specs, saved, i):
     """The gradient of the input of unit i's squeeze and excitation, from that of its output."""
     reduce_weight, expand_weight, hidden, gate, x = kept
     if x is None:  # y of the unit before, from its z
-        _, gamma, beta, z, mean, rstd, _, _ = saved[8 * i - 8 : 8 * i]
-        before = (z, mean, rstd, gamma, beta, *specs[i - 1][8:10])
+        k = specs[i].source
+        _, gamma, beta, z, mean, rstd, _, _ = saved[8 * k : 8 * k + 8]
+        before = (z, mean, rstd, gamma, beta, specs[k].act, specs[k].slope)
     else:
         before = (x, None, None, None, None, "identity", 0.0)
     dgate = phases.se_bwd_reduce(dy, *before)
-    return phases.se_bwd_apply(dy, dgate, hidden, gate, reduce_weight, expand_weight, *squeeze)
+    return phases.se_bwd_apply(
+        dy, dgate, hidden, gate, reduce_weight, expand_weight, *specs[i].squeeze
+    )
 
 
 def _check_count(shape: Sequence[int]) -> None:

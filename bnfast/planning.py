@@ -6,6 +6,7 @@ the place of its last operation, so it stops where something in between could wr
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,10 @@ class FoundUnit:
         return self.squeeze.pool if self.squeeze else self.conv or self.bn
 
     @property
+    def input(self) -> fx.Node:
+        return self.first.args[0]
+
+    @property
     def entries(self) -> set[fx.Node]:
         """The nodes of the unit that read its input."""
         return {self.squeeze.pool, self.squeeze.product} if self.squeeze else {self.first}
@@ -197,7 +202,7 @@ def plans_of(
 ) -> BlockPlans:
     """Plans for all modes that the block's forward can be in; empty, with the reason, where it has no trace or no unit.
 
-    known remembers, over the blocks of one model, which children are looked into from their parents, ("small", id), and
+    known remembers, over the blocks of one model, which children are looked into from their parents, ("inlined", id), and
     which may write to their inputs, ("writes", id).
     """
     if is_patched(block):
@@ -206,13 +211,17 @@ def plans_of(
         return _norm_act_plan(block, backend)
     known = {} if known is None else known
     for child in list(block.modules())[1:]:
-        if ("small", id(child)) not in known:
-            known["small", id(child)] = _is_small(child)
+        if ("inlined", id(child)) not in known:
+            known["inlined", id(child)] = _is_inlined(child)
+
+    apart: set[int] = set()  # blocks that are called more than once: each call runs their own plan
 
     def is_leaf(module: nn.Module, path: str) -> bool:
-        if not module._modules or is_norm(module) or has_hooks(module):
+        if not module._modules or is_norm(module) or has_hooks(module) or id(module) in apart:
             return True
-        return type(module).forward is not nn.Sequential.forward and not known["small", id(module)]
+        return (
+            type(module).forward is not nn.Sequential.forward and not known["inlined", id(module)]
+        )
 
     found = BlockPlans()
     plans: list[Plan] = []
@@ -220,6 +229,9 @@ def plans_of(
         with _in_mode(block, training):
             try:
                 traces = trace(block, is_leaf)
+                while repeated := _called_again(block, traces, apart):
+                    apart |= repeated
+                    traces = trace(block, is_leaf)
             except Untraceable as error:
                 name = type(block).__name__
                 found.reason = found.reason or f"{name}.forward cannot be traced: {error}"
@@ -239,7 +251,7 @@ def _norm_act_plan(block: nn.Module, backend: str) -> BlockPlans:
     act, slope = norm_act(block)
 
     def run(self, x):
-        return run_chain(x, backend, (None, self, act, slope, None, False, None))
+        return run_chain(x, backend, (None, self, act, slope, None, False, None, None, None))
 
     children = tuple((name, type(child)) for name, child in block._modules.items())
     guards = [Guard((), type(block), children, (), False)]
@@ -291,12 +303,25 @@ class _in_mode:
             module.training = training
 
 
-def _is_small(module: nn.Module) -> bool:
-    """One BatchNorm at most, few modules, and a forward that traces: worth looking into from its parent."""
-    below = list(module.modules())[1:]
-    if not below or len(below) > 8 or is_norm(module) or module.__module__.startswith("torch.nn"):
-        return False
-    if sum(is_norm(m) for m in below) > 1:
+def _called_again(block: nn.Module, traces: list[Trace], apart: set[int]) -> set[int]:
+    """The blocks, of those that traces went into, that hold a BatchNorm which is called more than once; by id."""
+    found = set()
+    for traced in traces:
+        calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+        for target, count in calls.items():
+            if count == 1 or not is_norm(block.get_submodule(target)):
+                continue
+            path = target.split(".")[:-1]
+            while path and id(block.get_submodule(".".join(path))) in apart:
+                path.pop()
+            if path:
+                found.add(id(block.get_submodule(".".join(path))))
+    return found
+
+
+def _is_inlined(module: nn.Module) -> bool:
+    """Whether a block's forward traces, down to leaves: then it is looked into from its parent."""
+    if not module._modules or is_norm(module) or module.__module__.startswith("torch.nn"):
         return False
     try:
         trace(module, lambda m, path: not m._modules or is_norm(m))
@@ -648,8 +673,9 @@ class _Builder:
     def _is_disturbed(self, units: list[FoundUnit]) -> bool:
         """Whether running the units at the place of the last one could see values that were written to in between."""
         own = {node for unit in units for node in unit.nodes()}
-        start, end = self.order[units[0].first], self.order[units[-1].last]
-        read = set(self.roots[units[0].first.args[0]])
+        start = min(self.order[unit.first] for unit in units)
+        end = self.order[units[-1].last]
+        read = set(self.roots[units[0].input])
         for node in self.graph.nodes:
             at = self.order[node]
             if start < at < end:
@@ -669,24 +695,41 @@ class _Builder:
         return any(kept & self.roots[value] for n in later for value in self.writes(n))
 
     def _chains(self, units: list[FoundUnit]) -> list[list[FoundUnit]]:
+        """The units in chains: each as long as nobody but its own units reads what they give, the last one's output aside."""
         chains: list[list[FoundUnit]] = []
-        ends: dict[fx.Node, list[FoundUnit]] = {}
-        for unit in units:
-            chain = ends.pop(unit.first.args[0], None)
-            if (
-                chain is not None
-                and set(chain[-1].last.users) == unit.entries
-                and unit.residual is not chain[-1].last
-                and not self._is_disturbed([*chain, unit])
-            ):
-                chain.append(unit)
-            else:
-                if chain is not None:
-                    ends[chain[-1].last] = chain
-                chain = [unit]
-                chains.append(chain)
-            ends[unit.last] = chain
+        remaining = sorted(units, key=lambda unit: self.order[unit.last])
+        while remaining:
+            group = self._grown(remaining)
+            while len(group) > 1 and not self._is_chain(group):
+                group.pop()
+            chains.append(group)
+            taken = set(map(id, group))
+            remaining = [unit for unit in remaining if id(unit) not in taken]
         return chains
+
+    def _grown(self, units: list[FoundUnit]) -> list[FoundUnit]:
+        """The first unit, and those behind it that read its input or what another of them gives."""
+        group = units[:1]
+        known = {units[0].last}
+        if units[0].conv is not None:
+            # Under autocast a leading BatchNorm's input has another dtype than the rest of the chain.
+            known.add(units[0].input)
+        for unit in units[1:]:
+            if unit.input in known and unit.conv is not None:
+                group.append(unit)
+                known.add(unit.last)
+        return group
+
+    def _is_chain(self, group: list[FoundUnit]) -> bool:
+        readers: dict[fx.Node, set[fx.Node]] = {}
+        for unit in group:
+            readers.setdefault(unit.input, set()).update(unit.entries)
+            if unit.add is not None:
+                readers.setdefault(unit.residual, set()).add(unit.add)
+        inside = [unit.last for unit in group[:-1]]
+        return all(set(node.users) <= readers.get(node, set()) for node in inside) and (
+            not self._is_disturbed(group)
+        )
 
     # -- writing the plan
 
@@ -703,9 +746,12 @@ class _Builder:
     def _replace(self, chain: list[FoundUnit]) -> fx.Node:
         """Puts one call of run_chain in the place of a chain's nodes."""
         last = chain[-1].last
+        places = {unit.last: i for i, unit in enumerate(chain)}
+        if chain[0].conv is not None:
+            places[chain[0].input] = -1
         with self.graph.inserting_before(last):
             entries = []
-            for unit in chain:
+            for i, unit in enumerate(chain):
                 modules = []
                 for node in (unit.conv, unit.bn):
                     modules.append(None if node is None else self.graph.get_attr(node.target))
@@ -714,18 +760,20 @@ class _Builder:
                     se = unit.squeeze
                     reduce, expand = (self.graph.get_attr(n.target) for n in (se.reduce, se.expand))
                     squeeze = (reduce, se.act, expand, se.gate)
-                entries.append(
-                    (*modules, unit.act, unit.slope, unit.residual, unit.adds_in_place, squeeze)
-                )
-            call = self.graph.call_function(
-                run_chain, (chain[0].first.args[0], self.backend, *entries)
-            )
+                residual = unit.residual
+                residual_source = places.get(residual)
+                if residual_source is not None:
+                    residual = None
+                source = places[unit.input] if i else -1
+                rest = (unit.adds_in_place, squeeze, None if source == i - 1 else source)
+                entries.append((*modules, unit.act, unit.slope, residual, *rest, residual_source))
+            call = self.graph.call_function(run_chain, (chain[0].input, self.backend, *entries))
         last.replace_all_uses_with(call)
-        for unit in reversed(chain):
-            for node in reversed(unit.nodes()):
-                if node.op == "call_module":
-                    self.called.add(tuple(node.target.split(".")))
-                self.graph.erase_node(node)
+        nodes = [node for unit in chain for node in unit.nodes()]
+        for node in sorted(nodes, key=lambda node: -self.order[node]):
+            if node.op == "call_module":
+                self.called.add(tuple(node.target.split(".")))
+            self.graph.erase_node(node)
         return call
 
     def _written(self, units: list[FoundUnit]) -> set[fx.Node] | None:

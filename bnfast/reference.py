@@ -35,6 +35,7 @@ composition, and nothing else; a name that ends in an underscore writes dz over 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -346,6 +347,114 @@ def followed_by_dgrad(bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad):
 
 
 bn_bwd_reduce_apply_dgrad = followed_by_dgrad(bn_bwd_reduce_apply, bn_bwd_reduce_apply_, conv_dgrad)
+
+
+class Norm(NamedTuple):
+    """BatchNorm's vectors [C] in equation (5); gamma and beta may be None."""
+
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+class Above(NamedTuple):
+    """What turns the dy of a unit into dz by equation (9)."""
+
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    dgamma: Tensor
+    dbeta: Tensor
+
+
+class Below(NamedTuple):
+    """A unit whose output's gradient a convolution's dx is: what equations (7) and (8) take."""
+
+    z: Tensor
+    bits: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+class Beside(NamedTuple):
+    """A unit without activation whose output is the residual of the one below: its gradient is that one's db."""
+
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a convolution of x is one that this backend joins with the phases of the units before and behind it, by the three
+    functions below; without it chains run unit by unit."""
+    return False
+
+
+def bn_fwd_apply_conv_fwd_reduce(
+    z: Tensor, norm: Norm, act: str, slope: float, *args
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_fwd_apply of the unit before, whose y is read by nobody else, and conv_fwd_reduce, whose arguments behind x are args."""
+    return conv_fwd_reduce(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *args)
+
+
+def bn_fwd_apply_both(
+    z: Tensor,
+    norm: Norm,
+    residual_z: Tensor,
+    residual_norm: Norm,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """bn_fwd_apply of a unit and of the one without activation that is its residual and read by nobody else: (y, bits)."""
+    residual, _ = bn_fwd_apply(residual_z, *residual_norm, None, "identity", 0.0, False)
+    return bn_fwd_apply(z, *norm, residual, act, slope, want_bits)
+
+
+def bn_bwd_apply_conv_dgrad_reduce(
+    dy: Tensor,
+    above: Above | None,
+    above_act: str,
+    above_slope: float,
+    weight: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    add: Tensor | None,
+    below: Below | None,
+    below_act: str,
+    below_slope: float,
+    beside: Beside | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """bn_bwd_apply, conv_dgrad, a sum, and bn_bwd_reduce of the unit below: (dx + add, its (dgamma, dbeta), those of the unit
+    beside it), each None where there is no such unit.
+
+    Without above dy is dz. Where the unit below has bits, what is returned is its db, the gradient of its residual too.
+    """
+    if above is not None:
+        z, *vectors, dgamma, dbeta = above
+        state = (z, *vectors, None, None, dgamma, dbeta)
+        dy, _ = bn_bwd_apply(dy, *state, above_act, above_slope, False)
+    dx = conv_dgrad(dy, weight, input_size, stride, padding, dilation, groups)
+    if add is not None:
+        dx = dx + add
+    if below is None:
+        return dx, None, None
+    z, bits, *vectors = below
+    if bits is not None:
+        dx = _masked_gradient(dx, z, *vectors, None, bits, below_act, below_slope).to(dx.dtype)
+        below_act, bits = "identity", None
+    sums = bn_bwd_reduce(dx, z, *vectors, None, bits, below_act, below_slope)
+    if beside is None:
+        return dx, sums, None
+    return dx, sums, bn_bwd_reduce(dx, *beside, None, None, None, None, "identity", 0.0)
 
 
 def se_fwd(

@@ -28,7 +28,9 @@ WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
-TRITON_ACTIVATION, TRITON_CONV = "triton_kernels/activation.py", "triton_kernels/conv.py"
+TRITON_ACTIVATION = "triton_kernels/activation.py"
+TRITON_CONV_FWD, TRITON_CONV_BWD = "triton_kernels/conv_fwd.py", "triton_kernels/conv_bwd.py"
+CHAIN = "bnfast/ops.py"
 COPIED = (
     "setup.py",
     "pyproject.toml",
@@ -48,6 +50,7 @@ TESTS = (
     "tests/test_pointwise.py",
 )
 TRITON_TESTS = (
+    "tests/test_chain.py",
     "tests/test_triton.py",
     "tests/test_backends.py",
     "--deselect=tests/test_triton.py::test_kernels_compile_for_chips_that_are_not_there",
@@ -74,6 +77,8 @@ class Mutation:
         """The tests that have to notice it, those first that are about it alone."""
         if self.is_triton:
             return TRITON_TESTS
+        if self.file == CHAIN:
+            return ("tests/test_chain.py", "-k=reference")
         text = f"{self.file} {self.name}"
         return tuple(sorted(TESTS, key=lambda path: path[len("tests/test_") : -3] not in text))
 
@@ -632,9 +637,9 @@ MUTATIONS = [
     Mutation(
         "bn_fwd_apply",
         "triton: bits from the pre-activation before rounding",
-        TRITON_FWD,
-        "act_passes(pre.to(y_ptr.dtype.element_ty).to(ACC), ACT)",
-        "act_passes(pre, ACT)",
+        TRITON_ACTIVATION,
+        "2.0**-134 if DTYPE == tl.bfloat16",
+        "0.0 if DTYPE == tl.bfloat16",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -654,8 +659,8 @@ MUTATIONS = [
         "bn_bwd_reduce",
         "triton: dgamma not scaled by rstd",
         TRITON_BWD,
-        "inside, 0), 0) * tl.load(rstd_ptr + c, mask, 0)",
-        "inside, 0), 0)",
+        "dgamma = products * tl.load(rstd_ptr + c, mask, 0)",
+        "dgamma = products",
     ),
     Mutation(
         "bn_bwd_apply",
@@ -667,23 +672,100 @@ MUTATIONS = [
     Mutation(
         "conv_fwd_reduce",
         "triton: the row above the input is read",
-        TRITON_CONV,
+        TRITON_CONV_FWD,
         "m_mask & (ih >= 0) & (ih < height)",
         "m_mask & (ih < height)",
     ),
     Mutation(
         "conv_fwd_reduce",
         "triton: moments of what was not rounded",
-        TRITON_CONV,
+        TRITON_CONV_FWD,
         "value = tl.where(mask, z.to(ACC), 0)",
         "value = tl.where(mask, acc + bias[None, :], 0)",
     ),
     Mutation(
+        "conv_fwd_reduce",
+        "triton: padding takes part in the prologue",
+        TRITON_CONV_FWD,
+        "tl.where(valid, act_value(pre, ACT, SLOPE), 0)",
+        "act_value(pre, ACT, SLOPE)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "triton: the residual is not normalised",
+        TRITON_FWD,
+        "        if residual_norm is not None:\n            mean, scale",
+        "        if False:\n            mean, scale",
+    ),
+    Mutation(
         "conv_dgrad",
-        "triton: kernel not rotated",
-        TRITON_CONV,
-        "_packed(w.flip((2, 3)).transpose(0, 1), dz.dtype)",
-        "_packed(w.transpose(0, 1), dz.dtype)",
+        "triton: kernel rotated",
+        TRITON_CONV_BWD,
+        "PADDING_H - tap // TAPS_W * DILATION_H",
+        "PADDING_H - (TAPS_H - 1 - tap // TAPS_W) * DILATION_H",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "triton: strides meet the first phase alone",
+        TRITON_CONV_BWD,
+        "iw = column * STRIDE_W + phase % STRIDE_W",
+        "iw = column * STRIDE_W",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "triton: the prologue forgets the mean of db",
+        TRITON_CONV_BWD,
+        "db = (db - shift_db[None, :]) - ",
+        "db = db - ",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "triton: what is added is forgotten",
+        TRITON_CONV_BWD,
+        "if add_ptr is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "triton: in the epilogue without the bits",
+        TRITON_CONV_BWD,
+        "dx = db.to(DTYPE)",
+        "dx = dx",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "triton: beside with the mean of the one below",
+        TRITON_CONV_BWD,
+        "mean = tl.load(beside.mean + j, j_mask, 0)",
+        "mean = mean",
+    ),
+    Mutation(
+        "chain",
+        "sums of a unit while gradients are still to come",
+        CHAIN,
+        "if k >= 0 and self.remaining[k] == 0:",
+        "if k >= 0:",
+    ),
+    Mutation(
+        "chain",
+        "the gradient beside one that has another reader",
+        CHAIN,
+        "if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:",
+        "if r < 0 or not is_db or not self.wanted[r]:",
+    ),
+    Mutation(
+        "chain",
+        "a masked gradient is masked again by bits that are gone",
+        CHAIN,
+        'act = "identity"  # dy is db',
+        "act = spec.act",
+    ),
+    Mutation(
+        "chain",
+        "a residual waits for its activation",
+        CHAIN,
+        'len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS',
+        "len(readers) > 1 or spec.act in SMOOTH_ACTS",
     ),
 ]
 

@@ -946,13 +946,29 @@ def test_data_parallel_replicas(monkeypatch, pickled):
     want = step(plain, [images(4, 3, 8, 8)], through_replicas)
     got = step(model, [images(4, 3, 8, 8)], through_replicas)
     compare(want, got)
-    assert counter.calls >= 6
+    assert counter.calls == 2  # the model's own plan holds its blocks
     # Replicas have their own children: what happens to the model does not reach them.
     replica = _replicate(model)
     before = replica(X)
     with torch.no_grad():
         model.layer1[0].bn1.weight.fill_(float("nan"))
     assert torch.equal(before, replica(X))
+
+
+def test_blocks_of_a_stage_are_one_chain():
+    """Blocks are looked into from above, and what only the units of a chain read stays in it, over blocks and stages."""
+    model = bnfast.convert(prepare(ResNet()), train="keep")
+    sources = [plan.source for plan in model.__dict__["forward"].plans]
+    assert [source.count("run_chain(") for source in sources] == [2]  # before the pooling, behind
+
+
+def test_a_block_that_is_called_twice_keeps_its_own_plan():
+    plain = nn.Sequential(Block(), nn.MaxPool2d(2))
+    plain.append(plain[0])
+    plain = prepare(plain)
+    model = bnfast.convert(plain, train="keep")
+    assert not bnfast.explain(model).left
+    agree(plain, model, images(2, 6, 8, 8))
 
 
 def test_distributed_data_parallel(tmp_path):

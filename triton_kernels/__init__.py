@@ -1,7 +1,8 @@
 """The Triton backend: the phases of `bnfast.reference` for GPUs, without a compiler on the machine.
 
 bn_fwd.py, bn_bwd.py   the BatchNorm phases, kernel and launcher side by side
-conv.py                the convolutions around them
+conv.py                the convolutions' phases, by cuDNN or by
+conv_fwd.py, conv_bwd.py   ... the kernels that take the phases before and behind a convolution along
 activation.py          the pre-activation, the activations and bits, shared by forward and backward
 layout.py, launch.py   views of tensors and their tiles; arguments and devices
 
@@ -16,13 +17,16 @@ from .bn_bwd import (
     bn_bwd_reduce_apply,
     bn_bwd_reduce_apply_,
 )
-from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply
+from .bn_fwd import bn_fwd_apply, bn_fwd_apply_both, bn_fwd_reduce, bn_fwd_reduce_apply
 from .conv import (
+    bn_bwd_apply_conv_dgrad_reduce,
     bn_bwd_reduce_apply_dgrad,
+    bn_fwd_apply_conv_fwd_reduce,
     conv_dgrad,
     conv_forward,
     conv_fwd_reduce,
     conv_fwd_reduce_apply,
+    fuses_chain,
     se_bwd_apply,
     se_bwd_reduce,
     se_fwd,
@@ -31,17 +35,21 @@ from .conv import (
 __all__ = [
     "bn_bwd_apply",
     "bn_bwd_apply_",
+    "bn_bwd_apply_conv_dgrad_reduce",
     "bn_bwd_reduce",
     "bn_bwd_reduce_apply",
     "bn_bwd_reduce_apply_",
     "bn_bwd_reduce_apply_dgrad",
     "bn_fwd_apply",
+    "bn_fwd_apply_both",
+    "bn_fwd_apply_conv_fwd_reduce",
     "bn_fwd_reduce",
     "bn_fwd_reduce_apply",
     "conv_dgrad",
     "conv_forward",
     "conv_fwd_reduce",
     "conv_fwd_reduce_apply",
+    "fuses_chain",
     "se_bwd_apply",
     "se_bwd_reduce",
     "se_fwd",

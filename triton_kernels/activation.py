@@ -37,14 +37,26 @@ def act_value(x, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def act_passes(x, ACT: tl.constexpr):
-    """Where a piecewise linear activation has slope 1; x is rounded to the dtype of y. A NaN passes, but in leaky_relu."""
+def act_passes(x, DTYPE: tl.constexpr, ACT: tl.constexpr):
+    """Where a piecewise linear activation has slope 1 at x rounded to DTYPE, that of y. A NaN passes, but in leaky_relu.
+
+    x itself is compared, with what rounds to 0 and to 6: halfway numbers, which go to the even neighbour. A rounding that is
+    only there to be compared is one that compilers leave out.
+    """
+    ZERO: tl.constexpr = (
+        2.0**-134 if DTYPE == tl.bfloat16 else 2.0**-25 if DTYPE == tl.float16 else 0.0
+    )
+    SIX: tl.constexpr = (
+        5.984375 if DTYPE == tl.bfloat16 else 5.998046875 if DTYPE == tl.float16 else 6.0
+    )
+    # Of the dtype of x: a number as small as these would make the comparison one of float64.
+    zero = tl.full([], ZERO, x.dtype)
     if ACT == "relu6":
-        passes = ~((x <= 0) | (x >= 6))
+        passes = ~((x <= zero) | (x >= SIX))
     elif ACT == "leaky_relu":
-        passes = x > 0
+        passes = x > zero
     else:
-        passes = ~(x <= 0)
+        passes = ~(x <= zero)
     return passes
 
 
@@ -69,7 +81,7 @@ def act_gradient(x, dy, DTYPE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.conste
     elif ACT == "hardswish":
         db = tl.where(x <= -3, 0.0, tl.where(x < 3, dy * (x / 3 + 0.5), dy))
     else:
-        db = masked(act_passes(x.to(DTYPE).to(x.dtype), ACT), dy, ACT, SLOPE)
+        db = masked(act_passes(x, DTYPE, ACT), dy, ACT, SLOPE)
     return db
 
 

@@ -125,10 +125,11 @@ def bn_bwd_reduce_kernel(
 
 @triton.jit
 def finalise_sums_kernel(
-    part_ptr,  # [2, splits, C] in ACC
+    part_ptr,  # [sums, splits, C] in ACC: sum(db), then sums of db (z - mean)
     rstd_ptr,  # [C]
     dgamma_ptr,  # [C]
     dbeta_ptr,
+    which,  # of the sums is dgamma's
     channels,
     splits,
     BLOCK_S: tl.constexpr,
@@ -141,7 +142,8 @@ def finalise_sums_kernel(
     inside = (s < splits)[:, None] & mask[None, :]
     at = part_ptr + s[:, None] * channels + c[None, :]
     dbeta = tl.sum(tl.load(at, inside, 0), 0)
-    dgamma = tl.sum(tl.load(at + splits * channels, inside, 0), 0) * tl.load(rstd_ptr + c, mask, 0)
+    products = tl.sum(tl.load(at + which * splits * channels, inside, 0), 0)
+    dgamma = products * tl.load(rstd_ptr + c, mask, 0)
     tl.store(dgamma_ptr + c, dgamma, mask)
     tl.store(dbeta_ptr + c, dbeta, mask)
 
@@ -256,19 +258,26 @@ def bn_bwd_reduce(
             ACC=TRITON_DTYPES[mean.dtype],
             num_warps=WARPS,
         )
-        dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
-        block = 16
-        finalise_sums_kernel[(cdiv(view.channels, block),)](
-            parts,
-            rstd,
-            dgamma,
-            dbeta,
-            view.channels,
-            split.splits,
-            BLOCK_S=next_power_of_2(split.splits),
-            BLOCK_C=block,
-            num_warps=WARPS,
-        )
+        return finalise_sums(parts, rstd)
+
+
+def finalise_sums(parts: Tensor, rstd: Tensor, which: int = 1) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) [C] from partial sums [sums, splits, C]; at most `layout.MOST_SPLITS` splits."""
+    _, splits, channels = parts.shape
+    dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
+    block = 16
+    finalise_sums_kernel[(cdiv(channels, block),)](
+        parts,
+        rstd,
+        dgamma,
+        dbeta,
+        which,
+        channels,
+        splits,
+        BLOCK_S=next_power_of_2(splits),
+        BLOCK_C=block,
+        num_warps=WARPS,
+    )
     return dgamma, dbeta
 
 

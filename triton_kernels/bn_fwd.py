@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnfast.reference import accumulator, rstd_of
+from bnfast.reference import Norm, accumulator, rstd_of
 
 from .activation import act_passes, act_value, pack_bits, pre_activation
 from .launch import TRITON_DTYPES, device_of, pair
@@ -226,6 +226,13 @@ def load_channels(ptr, c, mask, default, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_norm(norm, c, mask, ACC: tl.constexpr):
+    """Mean, scale and beta of channels c from a reference.Norm."""
+    scale = load_channels(norm.gamma, c, mask, 1, ACC) * tl.load(norm.rstd + c, mask, 0)
+    return tl.load(norm.mean + c, mask, 0), scale, load_channels(norm.beta, c, mask, 0, ACC)
+
+
+@triton.jit
 def tile_offsets(
     rows,
     columns,
@@ -265,6 +272,7 @@ def bit_places(r, column, rows, columns, BLOCK_C: tl.constexpr):
 def bn_fwd_apply_kernel(
     z_ptr,  # [rows, columns]
     residual_ptr,  # as z, or None
+    residual_norm,  # reference.Norm of a residual that is itself a z, or None
     y_ptr,
     bits_ptr,  # [rows, ceil(columns / 8)] uint8, or None
     mean_ptr,  # [C] in ACC
@@ -297,11 +305,21 @@ def bn_fwd_apply_kernel(
         spread(beta, CHANNEL_IS_COLUMN),
     )
     if residual_ptr is not None:
-        pre += tl.load(residual_ptr + at, mask, 0).to(ACC)
+        residual = tl.load(residual_ptr + at, mask, 0).to(ACC)
+        if residual_norm is not None:
+            mean, scale, beta = load_norm(residual_norm, c, c_mask, ACC)
+            residual = pre_activation(
+                residual,
+                spread(mean, CHANNEL_IS_COLUMN),
+                spread(scale, CHANNEL_IS_COLUMN),
+                spread(beta, CHANNEL_IS_COLUMN),
+            )
+            residual = residual.to(y_ptr.dtype.element_ty).to(ACC)
+        pre += residual
     y = act_value(pre, ACT, SLOPE).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask)
     if bits_ptr is not None:
-        passes = act_passes(pre.to(y_ptr.dtype.element_ty).to(ACC), ACT)
+        passes = act_passes(pre, y_ptr.dtype.element_ty, ACT)
         places, inside = bit_places(r, column, rows, columns, BLOCK_C)
         tl.store(bits_ptr + places, pack_bits(passes, BLOCK_R, BLOCK_C), inside)
 
@@ -396,8 +414,9 @@ def bn_fwd_apply(
     act: str,
     slope: float,
     want_bits: bool,
+    residual_norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.bn_fwd_apply."""
+    """See reference.bn_fwd_apply, and with residual_norm reference.bn_fwd_apply_both."""
     with device_of(z):
         z = dense(z)
         view = view_of(z)
@@ -409,6 +428,7 @@ def bn_fwd_apply(
         bn_fwd_apply_kernel[(cdiv(view.rows, rows) * cdiv(view.columns, columns),)](
             z,
             None if residual is None else like(residual, z),
+            residual_norm,
             y,
             bits if want_bits else None,
             mean,
@@ -428,6 +448,19 @@ def bn_fwd_apply(
             num_warps=WARPS,
         )
     return y, bits
+
+
+def bn_fwd_apply_both(
+    z: Tensor,
+    norm: Norm,
+    residual_z: Tensor,
+    residual_norm: Norm,
+    act: str,
+    slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """See reference.bn_fwd_apply_both."""
+    return bn_fwd_apply(z, *norm, residual_z, act, slope, want_bits, residual_norm)
 
 
 def bn_fwd_reduce_apply(z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:

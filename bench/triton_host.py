@@ -1,0 +1,99 @@
+"""Host time of the Triton backend per unit, forward and backward, with kernels and convolutions left out:
+python -m bench.triton_host [--repeat 30]
+
+What remains is bnfast's own Python, its allocations and autograd: the time that a GPU would wait for if its kernels took none.
+Runs on the CPU; CPU time, the least of all repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from triton.runtime import interpreter
+
+import bnfast
+from bench import triton_traffic
+from bnfast import reference, weights
+
+
+def _nothing(*args, **kwargs) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Launches do nothing, and PyTorch's convolutions give results that are there already."""
+    launch = interpreter.InterpretedFunction.__getitem__
+    convolve, dgrad = reference.conv_forward, reference.conv_dgrad
+    checksum, weights._checksum = weights._checksum, None  # of weights in the CPU's memory alone
+    results: dict[tuple, Tensor] = {}
+
+    def ready(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if (name, shape) not in results:
+            y = torch.zeros(shape, dtype=x.dtype)
+            results[name, shape] = y.contiguous(memory_format=torch.channels_last)
+        return results[name, shape]
+
+    def conv_forward(x, weight, bias, stride, padding, dilation, groups):
+        sizes = reference.conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+        return ready("z", x, (x.shape[0], weight.shape[0], *sizes))
+
+    def conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
+        return ready("dx", dz, (dz.shape[0], weight.shape[1] * groups, *input_size))
+
+    interpreter.InterpretedFunction.__getitem__ = lambda self, grid: _nothing
+    reference.conv_forward, reference.conv_dgrad = conv_forward, conv_dgrad
+    try:
+        yield
+    finally:
+        interpreter.InterpretedFunction.__getitem__ = launch
+        reference.conv_forward, reference.conv_dgrad = convolve, dgrad
+        weights._checksum = checksum
+
+
+def unit_seconds(path: str, repeat: int) -> float:
+    """Seconds per unit of a converted ResNet-50 whose stem and head are left out."""
+    model = bnfast.convert(torchvision.models.resnet50(), inplace=True)
+    stages = bnfast.convert(
+        nn.Sequential(model.layer1, model.layer2, model.layer3, model.layer4), inplace=True
+    )
+    units = sum(isinstance(module, nn.BatchNorm2d) for module in stages.modules())
+    x = torch.randn(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    affine = bnfast.affine_parameters(stages)
+    torch.set_num_threads(1)
+    least = float("inf")
+    with triton_traffic.route(path), left_out():
+        dy = torch.zeros_like(stages(x))
+        for _ in range(repeat):
+            begin = time.process_time()
+            torch.autograd.grad(stages(x), affine, dy)
+            least = min(least, time.process_time() - begin)
+    return least / units
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints microseconds per unit for each path."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.triton_host", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--repeat", type=int, default=30, help="how often each is measured")
+    args = parser.parse_args(arguments)
+    for path in triton_traffic.ROUTES:
+        print(
+            f"{path}: {unit_seconds(path, args.repeat) * 1e6:.1f} us per unit, forward and backward"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

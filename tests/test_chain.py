@@ -1,0 +1,260 @@
+"""Chains whose units refer to each other: residuals from inside, two readers, convolutions that take the phases around them along.
+
+The joined form is checked against plain PyTorch on every backend that has it; the reference is given it here, so that the
+autograd Function's own part is seen in float64.
+"""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfast import ops, reference
+
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+
+
+class Layer(nn.Module):
+    """A frozen convolution and a BatchNorm away from their defaults."""
+
+    def __init__(self, in_channels, out_channels, kernel=1, stride=1, groups=1, bias=False):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel, stride, kernel // 2, 1, groups, bias=bias
+        ).requires_grad_(False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        nn.init.uniform_(self.bn.weight, -1, 2)
+        nn.init.normal_(self.bn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    def unit(self, act="identity", residual_source=None, source=None, residual=None) -> ops.Unit:
+        conv, bn = self.conv, self.bn
+        return ops.Unit(
+            conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+            gamma=bn.weight, beta=bn.bias, running_mean=bn.running_mean, running_var=bn.running_var,
+            num_batches_tracked=bn.num_batches_tracked, residual=residual, act=act, source=source,
+            residual_source=residual_source,
+            use_batch_statistics=bn.training,
+        )  # fmt: skip
+
+
+class Net(nn.Module):
+    """Layers, what plain PyTorch makes of them, and the chain of units that is the same."""
+
+    def __init__(self, *layers: Layer):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class Bottleneck(Net):
+    """Two bottlenecks, the first with a shortcut that strides, the second with the plain one: every link there is."""
+
+    def __init__(self, kernel=3):
+        super().__init__(
+            Layer(18, 10), Layer(10, 10, kernel, 2), Layer(18, 24, 1, 2), Layer(10, 24, bias=True),
+            Layer(24, 10), Layer(10, 10, kernel), Layer(10, 24), Layer(24, 9, kernel),
+        )  # fmt: skip
+
+    def forward(self, x):
+        a, b, shortcut, c, d, e, f, last = self.layers
+        y = F.relu(c(F.relu(b(F.relu(a(x))))) + shortcut(x))
+        y = F.relu(f(F.leaky_relu(e(F.relu6(d(y))), 0.01)) + y)
+        return F.relu(last(y))
+
+    def units(self, x):
+        a, b, shortcut, c, d, e, f, last = self.layers
+        return [
+            a.unit("relu"),
+            b.unit("relu"),
+            shortcut.unit(source=-1),
+            c.unit("relu", residual_source=2, source=1),
+            d.unit("relu6"),
+            e.unit("leaky_relu"),
+            f.unit("relu", residual_source=3),
+            last.unit("relu"),
+        ]
+
+
+class Linear(Net):
+    """Additions without activation behind them, smooth activations, a depthwise convolution in between, a residual from outside."""
+
+    def __init__(self):
+        super().__init__(
+            Layer(16, 16), Layer(16, 32), Layer(32, 32, 3, groups=32), Layer(32, 16),
+            Layer(16, 16, 3), Layer(16, 16, 3),
+        )  # fmt: skip
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.layers
+        y = F.hardswish(a(x))
+        z = d(F.silu(c(F.silu(b(y))))) + y
+        z = F.silu(e(z) + z)
+        return F.relu(f(z) + x)
+
+    def units(self, x):
+        a, b, c, d, e, f = self.layers
+        return [
+            a.unit("hardswish"),
+            b.unit("silu"),
+            c.unit("silu"),
+            d.unit(residual_source=0),
+            e.unit("silu", residual_source=3),
+            f.unit("relu", residual=x),
+        ]
+
+
+class TwoReaders(Net):
+    """A unit that two convolutions read and nobody else, and one that is its own reader's residual."""
+
+    def __init__(self):
+        super().__init__(Layer(16, 8), Layer(8, 24, 3), Layer(8, 24, 3), Layer(24, 24))
+
+    def forward(self, x):
+        a, b, c, d = self.layers
+        y = F.relu(a(x))
+        y = F.relu(b(y) + c(y))
+        return F.relu(d(y) + y)
+
+    def units(self, x):
+        a, b, c, d = self.layers
+        return [
+            a.unit("relu"),
+            c.unit(),
+            b.unit("relu", residual_source=1, source=0),
+            d.unit("relu", residual_source=2),
+        ]
+
+
+@pytest.fixture(params=["unit by unit", "joined"])
+def form(request, monkeypatch) -> str:
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused" if request.param == "joined" else "cudnn")
+    if request.param == "joined":
+        monkeypatch.setattr(
+            reference, "fuses_chain", lambda x, weight, groups: groups == 1 and weight.dim() == 4
+        )
+    return request.param
+
+
+def step(run, net: nn.Module, x: Tensor, needs_x: bool, dy: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and running statistics after one pass."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(needs_x)
+    y = run(x)
+    net.zero_grad()
+    y.backward(dy)
+    found = {"y": y.detach()} | ({"dx": x.grad} if needs_x else {})
+    found |= {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    return found | {n: b.clone() for n, b in net.named_buffers()}
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("make", [Bottleneck, Linear, TwoReaders])
+@pytest.mark.parametrize("mode", ["train", "eval", "some frozen"])
+def test_chain_is_what_pytorch_computes(
+    make, needs_x, memory_format, mode, form, backend, poisoned_memory
+):
+    """float64, ragged sizes, data off centre: output, every gradient and the running statistics."""
+    net, twin = make(), make()
+    twin.load_state_dict(net.state_dict())
+    if mode == "some frozen":  # statistics of one layer, the affine parameters of another
+        for one in (net, twin):
+            one.layers[1].bn.eval()
+            one.layers[0].bn.requires_grad_(False)
+            one.layers[2].bn.bias.requires_grad_(False)
+    for one in (net, twin):
+        one.double().to(backend.device).train(one.training and mode != "eval")
+        if mode == "some frozen":
+            one.layers[1].bn.eval()
+    x = torch.randn(3, net.layers[0].conv.in_channels, 7, 5, dtype=torch.float64) * 2 + 3
+    x = x.to(backend.device).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        dy = torch.randn_like(net(x))
+    net.load_state_dict(twin.state_dict())
+    expected = step(net, net, x, needs_x, dy)
+    found = step(
+        lambda x: ops.frozen_conv_bn_act(x, twin.units(x), backend.name), twin, x, needs_x, dy
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = 1 + value.abs().max().item()
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-9, atol=1e-10 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [Bottleneck, TwoReaders])
+def test_joined_is_as_exact_as_unit_by_unit(make, dtype, backend, monkeypatch):
+    """Against float64: the error of the joined form is at most twice that of the phases one after the other."""
+    if backend.name != "triton":
+        pytest.skip("the other backends run unit by unit")
+    nets = [make() for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    for net in nets:
+        for layer in net.layers:
+            layer.conv.to(dtype).double() if net is nets[0] else layer.conv.to(dtype)
+            layer.bn.to(torch.float64 if net is nets[0] else torch.float32)
+            layer.to(backend.device)
+    x = (torch.randn(2, nets[0].layers[0].conv.in_channels, 9, 7) * 2 + 1).to(backend.device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for net, route in zip(nets, ("cudnn", "cudnn", "fused"), strict=True):
+        monkeypatch.setenv("BNFAST_TRITON_CONV", route)
+        name = "reference" if net is nets[0] else backend.name
+        given = x.double() if net is nets[0] else x
+        torch.manual_seed(1)
+        with torch.no_grad():
+            shape = net.double()(given.double()).shape if net is nets[0] else results[0]["y"].shape
+        dy = torch.randn(shape, device=backend.device).to(dtype).to(given.dtype)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        run = lambda x, net=net, name=name: ops.frozen_conv_bn_act(x, net.units(x), name)  # noqa: E731
+        results.append(step(run, net, given, True, dy))
+    exact, apart, joined = results
+    for name, value in exact.items():
+        if value.dim() == 0 or name.endswith(("running_mean", "running_var")):
+            continue
+        size = value.norm().item()
+        allowed = 2 * (apart[name].double() - value).norm().item() + 1e-6 * size
+        error = (joined[name].double() - value).norm().item()
+        assert error <= allowed, f"{name}: {error / size:.3g}, allowed {allowed / size:.3g}"
+
+
+def test_saved_tensors_go_with_their_unit(monkeypatch):
+    """While a unit's backward runs, what the units behind it saved is no longer there; with retain_graph it stays."""
+    x, layers = torch.randn(2, 8, 6, 6, requires_grad=True), [Layer(8, 8) for _ in range(3)]
+    kept: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def pack(t):
+        t = t.clone()
+        if t.dim() == 4 and t.shape[2] > 1:
+            kept.append(weakref.ref(t))
+        return t
+
+    run = reference.bn_bwd_reduce_apply_dgrad
+
+    def counted(*args):
+        alive.append(sum(ref() is not None for ref in kept))
+        return run(*args)
+
+    monkeypatch.setattr(reference, "bn_bwd_reduce_apply_dgrad", counted)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = ops.frozen_conv_bn_act(x, [layer.unit("relu") for layer in layers], "reference")
+    assert len(kept) == 3
+    y.backward(torch.randn_like(y), retain_graph=True)
+    assert alive == [3, 3, 3]
+    y.backward(torch.randn_like(y))
+    assert alive[3:] == [3, 2, 1]
+
+
+def test_links_that_lead_nowhere_are_refused():
+    x, layer = torch.randn(2, 8, 4, 4), Layer(8, 8)
+    with pytest.raises(ValueError, match=r"source of unit 1 is 1; allowed are -1 to 0"):
+        ops.frozen_conv_bn_act(x, [layer.unit(), layer.unit(source=1)])
+    with pytest.raises(ValueError, match=r"residual_source of unit 0 is -2; allowed are -1 to -1"):
+        ops.frozen_conv_bn_act(x, [layer.unit(residual_source=-2)])

@@ -1,0 +1,236 @@
+"""conv_dgrad in Triton. Bytes of global memory per element of s bytes, what taps and blocks of channels read again from the cache
+left out:
+    conv_dgrad_kernel   read s per element of dz, write s per element of dx
+    behind bn_bwd_apply            reads dy and z, 2 s, in place of dz
+    in front of bn_bwd_reduce      reads z of the unit below, s per element of dx (+ 1/8 with bits)
+    added to a gradient            reads it, s per element of dx (s more with a unit beside)
+An implicit GEMM: rows are pixels of dx, columns its channels, and the sum runs over taps and channels of dz. Strides divide the
+pixels of dx into phases, each of which meets the same taps: a tile lies in one phase, and no product is with zeros.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnfast import weights
+from bnfast.reference import Above, Below, Beside, accumulator
+
+from . import launch
+from .activation import act_gradient, masked, pre_activation, unpack_bits
+from .bn_fwd import bit_places, load_norm, times
+from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, precision, split_tiles
+from .launch import TRITON_DTYPES
+from .layout import cdiv, like
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    dy_ptr,  # [N, OH, OW, K]: dz, or dy with above
+    above,  # reference.Above of the z of dy, or None
+    w_ptr,  # [taps, K, J]
+    dx_ptr,  # [N, H, W, J]
+    add_ptr,  # as dx: added to it; or None
+    below,  # reference.Below of dx, or None
+    beside,  # reference.Beside of dx, or None
+    part_ptr,  # [2 or with beside 3, splits, J] in ACC: sum(db), sum(db (z - mean)), the same beside; or None
+    pixels,  # N H W
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    phase_height,  # ceil(H / STRIDE_H)
+    phase_width,
+    phase_pixels,  # N phase_height phase_width
+    phase_tiles,
+    count,  # values per channel of dy
+    per_split,
+    ABOVE_ACT: tl.constexpr,
+    ABOVE_SLOPE: tl.constexpr,
+    BELOW_ACT: tl.constexpr,
+    BELOW_SLOPE: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """per_split tiles of pixels of dx."""
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    split = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    j_mask = j < in_channels
+    sum_db = tl.zeros([BLOCK_J], ACC)
+    sum_db_z = tl.zeros([BLOCK_J], ACC)
+    sum_db_beside = tl.zeros([BLOCK_J], ACC)
+    for tile in range(split * per_split, (split + 1) * per_split):
+        phase = tile // phase_tiles
+        m = times(tile % phase_tiles, BLOCK_M, WIDE) + tl.arange(0, BLOCK_M)
+        column = m % phase_width
+        row = m // phase_width % phase_height
+        image = m // (phase_width * phase_height)
+        ih = row * STRIDE_H + phase // STRIDE_W
+        iw = column * STRIDE_W + phase % STRIDE_W
+        m_mask = (m < phase_pixels) & (phase < STRIDE_H * STRIDE_W) & (ih < height) & (iw < width)
+        acc = tl.zeros([BLOCK_M, BLOCK_J], ACC)
+        for tap in range(TAPS_H * TAPS_W):
+            # The pixel of dz that meets dx at this tap, times the stride.
+            down = phase // STRIDE_W + PADDING_H - tap // TAPS_W * DILATION_H
+            across = phase % STRIDE_W + PADDING_W - tap % TAPS_W * DILATION_W
+            if (down % STRIDE_H == 0) & (across % STRIDE_W == 0):
+                oh = row + down // STRIDE_H
+                ow = column + across // STRIDE_W
+                inside = m_mask & (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
+                first = ((image * out_height + oh) * out_width + ow) * out_channels
+                for start in range(0, out_channels, BLOCK_K):
+                    k = start + tl.arange(0, BLOCK_K)
+                    k_mask = k < out_channels
+                    valid = inside[:, None] & k_mask[None, :]
+                    at = first[:, None] + k[None, :]
+                    dz = tl.load(dy_ptr + at, valid, 0)
+                    if above is not None:
+                        mean, scale, beta = load_norm(above, k, k_mask, ACC)
+                        rstd = tl.load(above.rstd + k, k_mask, 0)
+                        shift_db = tl.load(above.dbeta + k, k_mask, 0) / count
+                        shift_z = rstd * tl.load(above.dgamma + k, k_mask, 0) / count
+                        z = tl.load(above.z + at, valid, 0).to(ACC)
+                        pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
+                        db = act_gradient(pre, dz.to(ACC), DTYPE, ABOVE_ACT, ABOVE_SLOPE)
+                        db = (db - shift_db[None, :]) - (z - mean[None, :]) * shift_z[None, :]
+                        dz = tl.where(valid, db * scale[None, :], 0).to(DTYPE)
+                    w_at = (tap * out_channels + k)[:, None] * in_channels + j[None, :]
+                    w = tl.load(w_ptr + w_at, k_mask[:, None] & j_mask[None, :], 0)
+                    acc = tl.dot(dz, w, acc, input_precision=PRECISION, out_dtype=ACC)
+        pixel = (image * height + ih) * width + iw
+        at = pixel[:, None] * in_channels + j[None, :]
+        mask = m_mask[:, None] & j_mask[None, :]
+        if add_ptr is not None:
+            acc += tl.load(add_ptr + at, mask, 0).to(ACC)
+        dx = acc.to(DTYPE)
+        if below is not None:
+            dy = dx.to(ACC)
+            z = tl.load(below.z + at, mask, 0).to(ACC)
+            mean, scale, beta = load_norm(below, j, j_mask, ACC)
+            if below.bits is not None:
+                places, there = bit_places(pixel, j, pixels, in_channels, BLOCK_J)
+                packed = tl.load(below.bits + places, there & m_mask[:, None], 0)
+                db = masked(unpack_bits(packed, BLOCK_M, BLOCK_J), dy, BELOW_ACT, BELOW_SLOPE)
+                dx = db.to(DTYPE)
+            else:
+                pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
+                db = act_gradient(pre, dy, DTYPE, BELOW_ACT, BELOW_SLOPE)
+            # Outside the tensor dx is 0, but 0 times an infinite slope or distance would not be.
+            db = tl.where(mask, db, 0)
+            sum_db += tl.sum(db, 0)
+            sum_db_z += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+            if beside is not None:
+                z = tl.load(beside.z + at, mask, 0).to(ACC)
+                mean = tl.load(beside.mean + j, j_mask, 0)
+                sum_db_beside += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+        tl.store(dx_ptr + at, dx, mask)
+    if part_ptr is not None:
+        place = part_ptr + split * in_channels + j
+        row_size = tl.num_programs(1) * in_channels
+        tl.store(place, sum_db, j_mask)
+        tl.store(place + row_size, sum_db_z, j_mask)
+        if beside is not None:
+            tl.store(place + 2 * row_size, sum_db_beside, j_mask)
+
+
+def launch_dgrad(
+    dy: Tensor,
+    above: Above | None,
+    above_act: str,
+    above_slope: float,
+    weight: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    add: Tensor | None,
+    below: Below | None,
+    below_act: str,
+    below_slope: float,
+    beside: Beside | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, partial sums or None); dy [N, K, *], dx [N, J, *input_size]."""
+    packed = weights.transformed(weight, ("taps of dgrad", dy.dtype), lambda w: _taps(w, dy.dtype))
+    dy = dy.contiguous(memory_format=torch.channels_last) if above is None else like(dy, above.z)
+    batch, out_channels, out_height, out_width = dy.shape
+    in_channels = weight.shape[1]
+    height, width = input_size
+    dx = torch.empty(
+        (batch, in_channels, height, width),
+        dtype=dy.dtype,
+        device=dy.device,
+        memory_format=torch.channels_last,
+    )
+    if dx.numel() == 0:
+        return dx, None
+    phase_height, phase_width = cdiv(height, stride[0]), cdiv(width, stride[1])
+    phase_pixels = batch * phase_height * phase_width
+    phase_tiles = cdiv(phase_pixels, BLOCK_M)
+    tiles = stride[0] * stride[1] * phase_tiles
+    blocks, splits, per_split = split_tiles(
+        tiles * BLOCK_M, BLOCK_M, in_channels, below is not None
+    )
+    acc = accumulator(dy.dtype)
+    parts = None
+    if below is not None:
+        sums = 2 if beside is None else 3
+        parts = torch.empty((sums, splits, in_channels), dtype=acc, device=dy.device)
+    conv_dgrad_kernel[(blocks, splits)](
+        dy,
+        above,
+        packed,
+        dx,
+        None if add is None else like(add, dx),
+        below,
+        beside,
+        parts,
+        batch * height * width,
+        height,
+        width,
+        in_channels,
+        out_height,
+        out_width,
+        out_channels,
+        phase_height,
+        phase_width,
+        phase_pixels,
+        phase_tiles,
+        batch * out_height * out_width,
+        per_split,
+        above_act,
+        above_slope,
+        below_act,
+        below_slope,
+        *weight.shape[2:],
+        *stride,
+        *padding,
+        *dilation,
+        WIDE=max(dx.numel(), dy.numel()) >= 2**30,
+        BLOCK_M=BLOCK_M,
+        BLOCK_J=BLOCK_K,
+        BLOCK_K=BLOCK_J,
+        ACC=TRITON_DTYPES[acc],
+        PRECISION=precision(dy.dtype),
+        num_warps=THREADS // launch.LANES,
+    )
+    return dx, parts
+
+
+def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[taps, K, J] of weight [K, J, KH, KW]."""
+    return weight.to(dtype).permute(2, 3, 0, 1).flatten(0, 1).contiguous()
