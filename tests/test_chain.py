@@ -129,6 +129,48 @@ class TwoReaders(Net):
         ]
 
 
+class Crossed(Net):
+    """A unit that is first somebody's residual and then somebody's input, whose convolution's output is a residual itself."""
+
+    def __init__(self, act=F.relu, name="relu"):
+        super().__init__(Layer(16, 24), Layer(16, 24), Layer(24, 16, 3), Layer(24, 16))
+        self.act, self.name = act, name
+
+    def forward(self, x):
+        a, b, c, d = self.layers
+        y = self.act(a(x))
+        return F.relu(d(F.relu(b(x) + y)) + c(y))
+
+    def units(self, x):
+        a, b, c, d = self.layers
+        return [
+            a.unit(self.name),
+            b.unit("relu", residual_source=0, source=-1),
+            c.unit(source=0),
+            d.unit("relu", residual_source=2, source=1),
+        ]
+
+
+class CrossedLinear(Crossed):
+    def __init__(self):
+        super().__init__(lambda y: y, "identity")
+
+
+class TwoActivations(Net):
+    """A residual with an activation of its own."""
+
+    def __init__(self):
+        super().__init__(Layer(16, 16, 3), Layer(16, 16), Layer(16, 8))
+
+    def forward(self, x):
+        a, b, c = self.layers
+        return F.relu(c(F.relu(b(x) + F.relu(a(x)))))
+
+    def units(self, x):
+        a, b, c = self.layers
+        return [a.unit("relu"), b.unit("relu", residual_source=0, source=-1), c.unit("relu")]
+
+
 @pytest.fixture(params=["unit by unit", "joined"])
 def form(request, monkeypatch) -> str:
     monkeypatch.setenv("BNFAST_TRITON_CONV", "fused" if request.param == "joined" else "cudnn")
@@ -152,7 +194,9 @@ def step(run, net: nn.Module, x: Tensor, needs_x: bool, dy: Tensor) -> dict[str,
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
-@pytest.mark.parametrize("make", [Bottleneck, Linear, TwoReaders])
+@pytest.mark.parametrize(
+    "make", [Bottleneck, Linear, TwoReaders, Crossed, CrossedLinear, TwoActivations]
+)
 @pytest.mark.parametrize("mode", ["train", "eval", "some frozen"])
 def test_chain_is_what_pytorch_computes(
     make, needs_x, memory_format, mode, form, backend, poisoned_memory
