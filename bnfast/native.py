@@ -21,6 +21,18 @@ else:
     unavailable = None
     _capability = _C.cpu_capability()
 
+# The operators that C++ implements for tensors on the CPU and on CUDA.
+BN_PHASES = (
+    "bn_fwd_reduce",
+    "bn_fwd_apply",
+    "bn_fwd_reduce_apply",
+    "bn_bwd_reduce",
+    "bn_bwd_apply",
+    "bn_bwd_apply_",
+    "bn_bwd_reduce_apply",
+    "bn_bwd_reduce_apply_",
+)
+
 _CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
 _STATS = (
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
