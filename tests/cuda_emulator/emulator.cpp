@@ -125,8 +125,15 @@ struct Block {
   Blocks acquired;
   std::vector<unsigned char> memory;               // shared memory
   std::map<const void*, std::pair<size_t, size_t>> arrays;   // key -> (offset, bytes)
-  size_t used = 0;
+  size_t used = 0, dynamic = 0;
   Region shared;
+
+  bool has(size_t offset, size_t bytes) const {
+    if (offset + bytes <= dynamic) return true;
+    return std::any_of(arrays.begin(), arrays.end(), [&](const auto& array) {
+      return offset >= array.second.first && offset + bytes <= array.second.first + array.second.second;
+    });
+  }
 };
 
 struct Launch {
@@ -155,6 +162,13 @@ std::vector<std::unique_ptr<Block>> idle;       // blocks whose stacks and memor
 Launch* launched = nullptr;
 Thread* running = nullptr;
 Fiber scheduler;
+// Whether accesses are the kernel's. Not those of this file: the linker may have taken a function of the standard library, which it
+// shares with the kernels, from among the watched ones.
+bool watching = false;
+struct Unwatched {
+  Unwatched() { watching = false; }
+  ~Unwatched() { watching = true; }
+};
 std::string problem;
 
 extern "C" const char __ehdr_start, _end;   // this library: constants of kernels are no global memory
@@ -167,6 +181,7 @@ std::string where(const Thread& t) {
 
 // Ends the launch, from the running thread or from the scheduler.
 [[noreturn]] void fail(const std::string& what) {
+  watching = false;
   problem = launched->kernel + ": " + where(*running) + ": " + what;
   switch_to(running->fiber, scheduler);
   __builtin_unreachable();
@@ -240,7 +255,9 @@ void check_byte(Region& r, uintptr_t at, bool writes) {
 // ---- the schedule ---------------------------------------------------------------------------------------------------------
 
 void run_fiber() {
+  watching = true;
   launched->run(launched->body);
+  const Unwatched scope;
   wait(State::kDone);
 }
 
@@ -260,6 +277,7 @@ std::unique_ptr<Block> make_block(int number) {
   block->phase = 0;
   block->acquired.clear();
   block->arrays.clear();
+  block->dynamic = launched->shared_bytes;
   block->used = (launched->shared_bytes + 15) / 16 * 16;
   block->shared = Region();
   block->shared.name = "shared memory";
@@ -493,11 +511,12 @@ dim3 block_size() { return launched->threads; }
 dim3 grid_size() { return launched->blocks; }
 
 void* shared_array(const void* key, size_t bytes) {
+  const Unwatched scope;
   Block& b = *running->block;
   const auto found = b.arrays.find(key);
   if (found != b.arrays.end()) return reinterpret_cast<void*>(b.shared.begin + found->second.first);
-  const size_t offset = b.used;
-  b.used += (bytes + 15) / 16 * 16;
+  const size_t offset = b.used + 16;   // something lies between two arrays, so that the end of one is not the other
+  b.used = offset + (bytes + 15) / 16 * 16;
   if (b.used > kSharedBytes) fail("more than " + std::to_string(kSharedBytes) + " bytes of shared memory");
   b.shared.end = b.shared.begin + b.used;
   b.arrays[key] = {offset, bytes};
@@ -506,9 +525,13 @@ void* shared_array(const void* key, size_t bytes) {
 
 void* dynamic_shared() { return reinterpret_cast<void*>(running->block->shared.begin); }
 
-void sync_threads() { wait(State::kAtBarrier); }
+void sync_threads() {
+  const Unwatched scope;
+  wait(State::kAtBarrier);
+}
 
 void sync_warp(unsigned mask) {
+  const Unwatched scope;
   if (!(mask >> running->lane() & 1)) fail("__syncwarp with a mask that lacks the lane itself");
   running->is_sync = true;
   running->mask = mask;
@@ -517,6 +540,7 @@ void sync_warp(unsigned mask) {
 }
 
 uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int lanes) {
+  const Unwatched scope;
   if (!(mask >> running->lane() & 1)) fail("exchange between lanes with a mask that lacks the lane itself");
   running->is_sync = false;
   running->kind = kind;
@@ -528,6 +552,7 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int lanes) {
 }
 
 void thread_fence() {
+  const Unwatched scope;
   running->fenced = true;
   add(running->acquired, running->pending);
   running->pending.clear();
@@ -554,6 +579,7 @@ unsigned* atomic_place(unsigned* at) {
 }  // namespace
 
 unsigned atomic_increment(unsigned* at, unsigned limit) {
+  const Unwatched scope;
   unsigned& value = *atomic_place(at);
   const unsigned before = value;
   value = before >= limit ? 0 : before + 1;
@@ -561,6 +587,7 @@ unsigned atomic_increment(unsigned* at, unsigned limit) {
 }
 
 unsigned atomic_add(unsigned* at, unsigned added) {
+  const Unwatched scope;
   unsigned& value = *atomic_place(at);
   const unsigned before = value;
   value += added;
@@ -568,7 +595,8 @@ unsigned atomic_add(unsigned* at, unsigned added) {
 }
 
 void saw(const void* at, size_t bytes, bool writes) {
-  if (running == nullptr || bytes == 0) return;
+  if (!watching || bytes == 0) return;
+  const Unwatched scope;
   const uintptr_t address = reinterpret_cast<uintptr_t>(at);
   if (running->fiber.owns(address)) return;
   Region* r = region_of(address);
@@ -582,6 +610,9 @@ void saw(const void* at, size_t bytes, bool writes) {
       if (address < region->begin && address + 64 > region->begin) out << ", " << region->begin - address << " before " << region->name;
     }
     fail(out.str());
+  }
+  if (r == &running->block->shared && !running->block->has(address - r->begin, bytes)) {
+    fail((writes ? "writes " : "reads ") + std::to_string(bytes) + " bytes of shared memory outside of all arrays");
   }
   if (address + bytes > r->end) fail((writes ? "writes " : "reads ") + place(*r, address) + ": past the end");
   if (address % bytes != 0 && (bytes & (bytes - 1)) == 0) {
