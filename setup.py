@@ -42,8 +42,15 @@ def extension():
     if nvcc:
         sources += sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
         macros.append(("BNFAST_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
-        # Multiplications and additions are contracted only where the source says so: forward and backward must agree.
-        nvcc_flags = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
+        # Multiplications and additions are contracted only where the source says so: forward and backward must agree. Division:
+        # csrc/cuda/intrinsics.cuh.
+        nvcc_flags = [
+            "-std=c++20",
+            "-O3",
+            "-fmad=false",
+            "-prec-div=false",
+            "-Xcompiler=-fvisibility=hidden",
+        ]
         kind = CUDAExtension
         options = {
             "extra_compile_args": {"cxx": flags, "nvcc": nvcc_flags},

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from bench import cases
+from bench.floors import KINDS, Kind, resnet50_bytes
 from bnfast import triton_kernels
 
 
@@ -89,30 +89,6 @@ def ledger() -> Iterator[dict[str, Traffic]]:
         executor.__call__ = run
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A unit of ResNet-50 as the floors distinguish them: accesses per element of its BatchNorm side, forward and backward, of
-    eager PyTorch and of the two-pass form (the convolution's own reads and writes left out; a bit per element is in `bits`)."""
-
-    name: str
-    act: str
-    residual: bool
-    has_dgrad: bool
-    eager: tuple[int, int]
-    two_pass: tuple[int, int]
-
-    @property
-    def bits(self) -> int:
-        """Times that a bit per element is written or read."""
-        return 3 if self.residual else 0
-
-
-KINDS = (
-    Kind("stem", "relu", False, False, (5, 5), (3, 2)),
-    Kind("inner", "relu", False, True, (5, 8), (3, 5)),
-    Kind("end", "relu", True, True, (8, 8), (4, 6)),
-    Kind("shortcut", "identity", False, True, (3, 5), (3, 5)),
-)
 SHAPE = (2, 128, 16, 32)  # multiples of all tiles
 DTYPE = torch.float16
 
@@ -163,20 +139,6 @@ def run_convolution(kernel: int) -> tuple[dict[str, Traffic], int]:
 def floor_bytes(kind: Kind) -> float:
     """Bytes of the two-pass form for SHAPE: whole tensors, and bits."""
     return np.prod(SHAPE) * (sum(kind.two_pass) * DTYPE.itemsize + kind.bits / 8)
-
-
-def kind_of(unit: cases.Unit, is_first: bool) -> str:
-    if is_first:
-        return "stem"
-    return "end" if unit.residual else "shortcut" if unit.act == "identity" else "inner"
-
-
-def resnet50_bytes(per_element: dict[str, float]) -> float:
-    """Bytes per image of the BatchNorm side of ResNet-50 at 224 from bytes per element of each kind."""
-    return sum(
-        per_element[kind_of(unit, i == 0)] * unit.channels * unit.height * unit.width
-        for i, unit in enumerate(cases.units("resnet50"))
-    )
 
 
 def table() -> str:

@@ -3,6 +3,11 @@
 Signatures and meanings: `reference`.
 """
 
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import torch
@@ -24,6 +29,31 @@ def why_unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     return None
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program of the CUDA toolkit: of the one on PATH, or of those that Triton carries."""
+    places = [name, os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", name)]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folder = os.path.dirname(triton.origin)
+        places.append(os.path.join(folder, "backends", "nvidia", "bin", name))
+    return next(filter(None, map(shutil.which, places)), None)
+
+
+def architectures_inside() -> str | None:
+    """The architectures whose code the extension holds, as cuobjdump lists them: "sm_80, sm_90, PTX for sm_90". None where that
+    program is missing, or finds nothing."""
+    tool = find_tool("cuobjdump")
+    if tool is None or native._C is None:
+        return None
+    found = []
+    for option, kind in (("--list-elf", ""), ("--list-ptx", "PTX for ")):
+        command = [tool, option, native._C.__file__]
+        listing = subprocess.run(command, capture_output=True, text=True).stdout
+        names = set(re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)", listing))
+        found += [kind + name for name in sorted(names, key=lambda n: int(re.sub(r"\D", "", n)))]
+    return ", ".join(found) or None
 
 
 def input_gradient(

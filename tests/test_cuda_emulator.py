@@ -72,7 +72,11 @@ def test_the_ledger_counts_bytes_and_widths():
     emulator.clear_ledger()
     assert run(0, 1)[0] == ""
     launch, halve = emulator.ledger()
-    assert (launch["kernel"], halve["kernel"], launch["blocks"]) == ("sum_kernel", "halve_kernel", 5)
+    assert (launch["kernel"], halve["kernel"], launch["blocks"]) == (
+        "sum_kernel",
+        "halve_kernel",
+        5,
+    )
     memory = {entry["name"]: entry for entry in launch["memory"]}
     n = 64 * 5 - 3
     assert memory["x"]["read"] == memory["x"]["unique_read"] == 4 * n

@@ -22,9 +22,13 @@ enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
 enum class Slope : int { kFromZ, kFromZAndResidual, kFromBits };
 
 constexpr int kThreads = 256;      // of every block
+constexpr int kLeastResident = 2;  // blocks that a multiprocessor holds at once, at least: 128 registers per thread
 constexpr int kMostColumns = 16;   // slots side by side that a block takes of columns: 256 bytes
 constexpr int kMostSplits = 256;   // blocks that share the channels of a reduction, at most ...
-constexpr int kBlocks = 1024;      // ... and about how many there are in all: fixed, so that no bit depends on the device
+constexpr int kBlocks = 1024;      // ... and about how many there are in all: fixed, so that no bit depends on the device;
+constexpr int kLeastBlocks = 256;  // more than this many only where each has
+constexpr int kManyValues = 512;   // this many values per channel, and never with fewer than
+constexpr int kLeastValues = 256;  // this many: partial results are then a hundredth of what is moved
 constexpr int kReduceLoads = 8;    // slots in flight per thread, by phase
 constexpr int kFwdApplyLoads = 4;
 constexpr int kBwdReduceLoads = 4;
@@ -40,7 +44,8 @@ struct View {
   int width;          // elements of a slot
   int channels;
   int64_t lines, length, slots;
-  int64_t count;      // values per channel
+  int64_t count;      // values per channel ...
+  double one_over_count;
   int column_bits;    // columns: a block takes 1 << column_bits slots side by side
   int tiles;          // blocks side by side that cover all channels of a reduction ...
   int tile_channels;  // ... and the channels of each, a power of two
@@ -53,7 +58,8 @@ struct View {
         channels(static_cast<int>(channels)),
         lines(columns ? batch * plane : batch * channels),
         length(columns ? channels : plane),
-        count(batch * plane) {
+        count(batch * plane),
+        one_over_count(1.0 / static_cast<double>(std::max<int64_t>(1, batch * plane))) {
     const int64_t bytes = ceil_div(length, 8) + (!columns && length % 8 != 0);
     slots = bytes * 8 / width;
     column_bits = 0;
@@ -76,8 +82,9 @@ struct Split {
     const int64_t per_step = columns_step(v, loads);
     const int64_t all = v.columns ? v.lines : v.lines / v.channels * v.slots;
     const int64_t whole = ceil_div(all, per_step);
-    const int64_t wanted = std::clamp<int64_t>(kBlocks / v.tiles, 1, kMostSplits);
-    steps = ceil_div(whole, std::min(whole, wanted));
+    const int64_t least = std::max(1, kLeastBlocks / v.tiles), most = std::max(1, kBlocks / v.tiles);
+    const int64_t wanted = std::min(std::clamp(v.count / kManyValues, least, most), std::max<int64_t>(1, v.count / kLeastValues));
+    steps = ceil_div(whole, std::min({whole, wanted, int64_t{kMostSplits}}));
     splits = static_cast<int>(ceil_div(whole, steps));
   }
   // Lines of columns, or slots of a plane, that a block takes at once.

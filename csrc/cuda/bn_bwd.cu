@@ -89,7 +89,7 @@ BNFAST_DEVICE void finalise_sums(const BwdReduce& a) {
 }
 
 template <class T, bool kColumns, Slope kFrom>
-__global__ void __launch_bounds__(kThreads) bn_bwd_reduce_kernel(const BwdReduce a) {
+__global__ void __launch_bounds__(kThreads, kLeastResident) bn_bwd_reduce_kernel(const BwdReduce a) {
   using A = acc_t<T>;
   constexpr int w = kWidth<T>, kValues = kColumns ? w : 1, kStride = kColumns ? w * kMostColumns : 1;
   BNFAST_SHARED(A, staged, 3 * kStride);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) bn_bwd_reduce_kernel(const BwdReduce
 // ---- bn_bwd_apply -------------------------------------------------------------------------------------------------------
 
 template <class T, bool kColumns, Slope kFrom>
-__global__ void __launch_bounds__(kThreads) bn_bwd_apply_kernel(const BwdApply a) {
+__global__ void __launch_bounds__(kThreads, kLeastResident) bn_bwd_apply_kernel(const BwdApply a) {
   using A = acc_t<T>;
   using Block = ApplyBlock<T, kColumns, kBwdApplyLoads>;
   constexpr int w = kWidth<T>, kStride = Block::kMostStaged;
@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(kThreads) bn_bwd_apply_kernel(const BwdApply a
     if (step == 0) {
       block.stage([&](int c, int i) {
         stage_affine(a.gradient.affine, c, staged + i, kStride);
-        const A count = static_cast<A>(a.view.count), rstd = static_cast<const A*>(a.gradient.affine.rstd)[c];
-        staged[3 * kStride + i] = a.dbeta ? static_cast<const A*>(a.dbeta)[c] / count : A(0);
-        staged[4 * kStride + i] = a.dgamma ? rstd * static_cast<const A*>(a.dgamma)[c] / count : A(0);
+        const A one_over_count = static_cast<A>(a.view.one_over_count), rstd = static_cast<const A*>(a.gradient.affine.rstd)[c];
+        staged[3 * kStride + i] = a.dbeta ? static_cast<const A*>(a.dbeta)[c] * one_over_count : A(0);
+        staged[4 * kStride + i] = a.dgamma ? rstd * static_cast<const A*>(a.dgamma)[c] * one_over_count : A(0);
       });
       __syncthreads();
       if constexpr (kColumns) take_channel(places[0]);

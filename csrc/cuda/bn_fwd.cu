@@ -35,7 +35,7 @@ struct Moments {
 
   // Chan's formula: n = na + nb, e = mean_b - mean_a, mean = mean_a + e nb / n, M2 = M2_a + M2_b + e^2 na nb / n.
   BNFAST_DEVICE void merge(A other_n, const A (&other_mean)[kValues], const A (&other_m2)[kValues]) {
-    const A total = n + other_n, weight = total > A(0) ? other_n / total : A(0);
+    const A total = n + other_n, weight = total > A(0) ? quotient(other_n, total) : A(0);
     for (int j = 0; j < kValues; ++j) {
       const A step = other_mean[j] - mean[j];
       mean[j] += step * weight;
@@ -67,7 +67,7 @@ BNFAST_DEVICE void merge_slots(Moments<acc_t<T>, kValues>& moments, const Packed
       to[0] = half[0];
     }
   };
-  const A one_over_n = A(1) / n;
+  const A one_over_n = quotient(A(1), n);
   A sums[w] = {}, centre[kValues];
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
@@ -144,7 +144,7 @@ BNFAST_DEVICE void finalise_moments(const FwdReduce& a) {
   const auto load_part = [&](int split, int what) {
     return inside ? __ldcg(part<A>(a.workspace, FwdReduce::kValues, split, what, a.view.channels, c)) : A(0);
   };
-  const A count = static_cast<A>(a.view.count), one_over_count = A(1) / count;
+  const A count = static_cast<A>(a.view.count), one_over_count = static_cast<A>(a.view.one_over_count);
   A mean = sum_over_splits(a.split.splits, channels, scratch, [&](int s) { return load_part(s, 0) * load_part(s, 1); });
   mean *= one_over_count;
   const A m2 = sum_over_splits(a.split.splits, channels, scratch, [&](int s) {
@@ -156,20 +156,20 @@ BNFAST_DEVICE void finalise_moments(const FwdReduce& a) {
     const A shifted = m2 * one_over_count + static_cast<A>(a.eps);
     static_cast<A*>(a.mean)[c] = mean;
     static_cast<A*>(a.m2)[c] = m2;
-    static_cast<A*>(a.rstd)[c] = shifted == A(0) ? A(0) : A(1) / square_root(shifted);
-    const A factor = a.averages && a.tracked ? A(1) / static_cast<A>(*a.tracked + 1) : static_cast<A>(a.momentum);
+    static_cast<A*>(a.rstd)[c] = shifted == A(0) ? A(0) : quotient(A(1), square_root(shifted));
+    const A factor = a.averages && a.tracked ? quotient(A(1), static_cast<A>(*a.tracked + 1)) : static_cast<A>(a.momentum);
     const auto update = [&](const ChannelVector& running, A batch) {
       if (running.values) set_value(running, c, (A(1) - factor) * value_of(running, c, A(0)) + factor * batch);
     };
     update(a.running_mean, mean);
-    update(a.running_var, m2 / (count > A(1) ? count - A(1) : A(1)));
+    update(a.running_var, quotient(m2, count > A(1) ? count - A(1) : A(1)));
   }
   // Counted by whoever comes last, when all have read it.
   if (a.tracked && is_last_block(a.workspace.counters + gridDim.x, gridDim.x) && threadIdx.x == 0) *a.tracked += 1;
 }
 
 template <class T, bool kColumns>
-__global__ void __launch_bounds__(kThreads) bn_fwd_reduce_kernel(const FwdReduce a) {
+__global__ void __launch_bounds__(kThreads, kLeastResident) bn_fwd_reduce_kernel(const FwdReduce a) {
   using A = acc_t<T>;
   constexpr int w = kWidth<T>, kValues = kColumns ? w : 1;
   ReduceBlock<T, kColumns, kReduceLoads> block(a.view, a.split);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) bn_fwd_reduce_kernel(const FwdReduce
 // ---- bn_fwd_apply -------------------------------------------------------------------------------------------------------
 
 template <class T, bool kColumns, bool kResidual>
-__global__ void __launch_bounds__(kThreads) bn_fwd_apply_kernel(const FwdApply a) {
+__global__ void __launch_bounds__(kThreads, kLeastResident) bn_fwd_apply_kernel(const FwdApply a) {
   using A = acc_t<T>;
   using Block = ApplyBlock<T, kColumns, kFwdApplyLoads>;
   constexpr int w = kWidth<T>, kStride = Block::kMostStaged;

@@ -37,6 +37,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // float and double by one name each; multiplications and additions are never contracted otherwise (-fmad=false).
 BNFAST_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 BNFAST_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+// The rounded quotient. Plain `/` of floats is an approximate one on the device (-prec-div=false): activations need no more, and
+// the rounded one calls a function, for which registers are saved to memory.
+BNFAST_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+BNFAST_DEVICE double quotient(double a, double b) { return a / b; }
 BNFAST_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 BNFAST_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 BNFAST_DEVICE float exponential(float x) { return expf(x); }

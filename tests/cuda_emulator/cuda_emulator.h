@@ -38,6 +38,8 @@ void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes, 
 // Ranges that overlap become one.
 void watch(const char* name, const void* at, size_t bytes, bool writable, bool filled);
 void forget_all();
+// Whether launches run all their blocks (a test may want those at the ends of a large grid alone).
+bool runs_all_blocks();
 
 // ---- for kernels --------------------------------------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ template <class T> void __stcs(T* at, const T& value) { cuda_emulator::write_onc
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline double __dsqrt_rn(double x) { return std::sqrt(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }

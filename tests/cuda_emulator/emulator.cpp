@@ -463,6 +463,8 @@ void watch(const char* name, const void* at, size_t bytes, bool writable, bool f
 
 void forget_all() { regions.clear(); }
 
+bool runs_all_blocks() { return only_ends == 0; }
+
 void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void (*run)(const void*), const void* body) {
   Launch launch;
   launch.kernel = std::string(kernel);
