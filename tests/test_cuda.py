@@ -1,6 +1,9 @@
 """The CUDA kernels in the emulator, beyond what every backend's tests ask: schedules, traffic, widths, large offsets."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,6 +136,7 @@ def test_bits_are_a_bit_per_element(phases, layout):
         mean, rstd = torch.zeros(shape[1]), torch.ones(shape[1])
         _, bits = phases.bn_fwd_apply(t.z, mean, rstd, None, None, t.residual, "relu", 0.0, True)
         elements = t.z.numel()
+        assert bits.numel() == native.bit_bytes(t.z, on_cuda=True), "what torch.compile is told"
         assert elements / 8 <= bits.numel() <= 2.5 * elements / 8
         if shape[1] == 64:
             assert bits.numel() == elements // 8
@@ -154,7 +158,7 @@ def test_wrong_arguments_are_named(phases):
     rest = (None, None, None, "relu", 0.0, False)
     with pytest.raises(RuntimeError, match=r"mean is of shape \[7\]"):
         phases.bn_fwd_apply(z, torch.ones(7), one, *rest)
-    with pytest.raises(RuntimeError, match="z is Long|z is int64"):
+    with pytest.raises(RuntimeError, match=r"z is (Long|int64)"):
         phases.bn_fwd_apply(z.long(), one, one, *rest)
     with pytest.raises(RuntimeError, match="residual is"):
         phases.bn_fwd_apply(z, one, one, None, None, z[:1], "relu", 0.0, False)
@@ -163,6 +167,26 @@ def test_wrong_arguments_are_named(phases):
     with pytest.raises(RuntimeError, match="bits holds 3 bytes"):
         bits = torch.zeros(3, dtype=torch.uint8)
         phases.bn_bwd_reduce(z, z, one, one, None, None, None, bits, "relu", 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="a build of its own: BNFAST_FULL_TESTS=1 runs it")
+def test_under_address_sanitizer():
+    """One step of every small case with AddressSanitizer in place of the emulator's own watch."""
+    libraries = [
+        subprocess.run([build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]  # fmt: skip
+    env = {
+        **os.environ,
+        "BNFAST_EMULATOR_WATCH": "asan",
+        "BNFAST_FULL_TESTS": "0",
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_backends.py", "-k", "cuda"]  # fmt: skip
+    done = subprocess.run(command, cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_names_of_the_phases():

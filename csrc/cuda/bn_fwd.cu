@@ -46,14 +46,14 @@ struct Moments {
 };
 
 // Merges the slots that a thread has in flight: their mean as the centre, then sum(d) and sum(d^2) of d = z - centre, which correct
-// it. n is the number of values per channel. kMasked: not all places count.
+// it. n is the number of values per channel. kMasked: not all places count, but those whose bit in `counted` is set.
 template <bool kMasked, bool kColumns, class T, int kLoads, int kValues>
-BNFAST_DEVICE void merge_slots(Moments<acc_t<T>, kValues>& moments, const Packed<T> (&z)[kLoads], const Slot (&slots)[kLoads],
+BNFAST_DEVICE void merge_slots(Moments<acc_t<T>, kValues>& moments, const Packed<T> (&z)[kLoads], const uint32_t (&counted)[kLoads],
                                const acc_t<T> (&origin)[kValues], acc_t<T> n) {
   using A = acc_t<T>;
   constexpr int w = kWidth<T>;
   const auto place = [](int i) { return kColumns ? i : 0; };
-  const auto counts = [&](int u, int i) { return !kMasked || (kColumns ? slots[u].is_there() : slots[u].has(i)); };
+  const auto counts = [&](int u, int i) { return !kMasked || (counted[u] >> (kColumns ? 0 : i) & 1) != 0; };
   // Sums per place; those of planes become one.
   const auto collapse = [&](const A (&sums)[w], A (&to)[kValues]) {
     if constexpr (kColumns) {
@@ -177,20 +177,19 @@ __global__ void __launch_bounds__(kThreads, kLeastResident) bn_fwd_reduce_kernel
   for (int j = 0; j < kValues; ++j) origin[j] = origin_of<T, kColumns>(a, block.channel() + j);
   Moments<A, kValues> moments;
   for (int64_t step = 0; step < a.split.steps; ++step) {
-    Slot slots[kReduceLoads];
+    uint32_t counted[kReduceLoads];
     Packed<T> z[kReduceLoads];
-    int there = 0, whole = 0, places = 0;
+    int values = 0;   // per channel
 #pragma unroll
     for (int u = 0; u < kReduceLoads; ++u) {
-      slots[u] = block.next();
-      z[u] = load<Reuse::kSoon>(static_cast<const T*>(a.z), slots[u], a.view.wide);
-      there += slots[u].is_there();
-      places += slots[u].hi - slots[u].lo;
+      const Slot slot = block.next();
+      z[u] = load<Reuse::kSoon>(static_cast<const T*>(a.z), slot, a.view.wide);
+      counted[u] = kColumns ? slot.is_there() : slot.places();
+      values += kColumns ? slot.is_there() : slot.hi - slot.lo;
     }
-    whole = kColumns ? there == kReduceLoads : places == kReduceLoads * w;
-    const A n = static_cast<A>(kColumns ? there : places);
-    if (whole) merge_slots<false, kColumns>(moments, z, slots, origin, n);
-    else if (n > A(0)) merge_slots<true, kColumns>(moments, z, slots, origin, n);
+    const A n = static_cast<A>(values);
+    if (values == kReduceLoads * (kColumns ? 1 : w)) merge_slots<false, kColumns>(moments, z, counted, origin, n);
+    else if (values > 0) merge_slots<true, kColumns>(moments, z, counted, origin, n);
   }
   merge_block<T, kValues>(moments, a);
   if (is_last_block(a.workspace.counters + blockIdx.x, gridDim.y)) finalise_moments<T, kColumns>(a);

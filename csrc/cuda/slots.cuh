@@ -75,6 +75,7 @@ struct Slot {
 
   BNFAST_DEVICE bool is_there() const { return index >= 0; }
   BNFAST_DEVICE bool has(int i) const { return i >= lo && i < hi; }
+  BNFAST_DEVICE uint32_t places() const { return (1u << hi) - (1u << lo); }   // a bit for each
 };
 
 BNFAST_DEVICE Slot no_slot() { return {0, -1, 0, 0}; }

@@ -45,8 +45,8 @@ void Fiber::start(void (*entry)()) {
     if (found == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<char*>(found);
   }
+  forget();
 #if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(stack_, kStack);   // of the fiber that had it before, and was left where it stood
   fake_stack_ = nullptr;
   bottom_ = stack_;
   size_ = kStack;
