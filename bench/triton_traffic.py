@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import bnfast
+from bench.floors import KINDS, Kind
 from bnfast import triton_kernels
 
 ROUTES = {
@@ -137,32 +138,6 @@ def ledger() -> Iterator[list[Traffic]]:
 # ---- units and chains in the interpreter ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A unit of ResNet-50 as the floors distinguish them: accesses per element of its BatchNorm side, forward and backward, of
-    eager PyTorch and of the two-pass form (the convolution's own reads and writes left out; a bit per element is in `bits`);
-    and in the full chain, the convolutions' own reads and writes included."""
-
-    name: str
-    act: str
-    residual: bool
-    has_dgrad: bool
-    eager: tuple[int, int]
-    two_pass: tuple[int, int]
-    chain: tuple[float, float] | None
-
-    @property
-    def bits(self) -> int:
-        """Times that a bit per element is written or read."""
-        return 3 if self.residual else 0
-
-
-KINDS = (
-    Kind("stem", "relu", False, False, (5, 5), (3, 2), None),
-    Kind("inner", "relu", False, True, (5, 8), (3, 5), (2, 4)),
-    Kind("end", "relu", True, True, (8, 8), (4, 6), (5, 5)),
-    Kind("shortcut", "identity", False, True, (3, 5), (3, 5), (1, 3)),
-)
 SHAPE = (2, 128, 16, 32)  # multiples of all tiles
 
 

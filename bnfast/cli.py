@@ -241,6 +241,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "extension": "built" if backends.get("cpu") is True else f"no: {backends.get('cpu')}",
         "c++ compiler": compiler or "not found",
         "nvcc": _find(("nvcc",)) or "not found",
+        "cuda kernels": _cuda_kernels(),
         "gpu": _gpu(),
     }
     missing = []
@@ -279,6 +280,16 @@ def _version(distribution: str) -> str | None:
 
 def _find(programs: Sequence[str]) -> str | None:
     return next((path for path in map(shutil.which, filter(None, programs)) if path), None)
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA kernels inside the extension were compiled for."""
+    from bnfast import cuda
+
+    if not cuda.architectures:
+        return f"none: {cuda.why_unavailable()}"
+    found = cuda.architectures_inside()
+    return f"{found} (from cuobjdump)" if found else f"{cuda.architectures} (as asked for)"
 
 
 def _gpu() -> str:

@@ -1,18 +1,19 @@
-"""Which backend serves a call. A backend is a module with the phases of `reference` as functions."""
+"""Which backend serves a call. A backend is a module, or a namespace, with the phases of `reference` as
+functions."""
 
 import contextlib
 import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
-from . import native, reference
+from . import cuda, native, reference
 
-_MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
-NAMES = ("auto", *_MODULES, "triton")
+_MODULES: dict[str, ModuleType | SimpleNamespace] = {"cpu": native, "reference": reference}
+NAMES = ("auto", *_MODULES, "cuda", "triton")
 _forced: list[str] = []
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -21,6 +22,7 @@ def backends() -> dict[str, bool | str]:
     """Each backend's name with True where it can be used here, else the reason why it cannot."""
     return {
         "cpu": native.unavailable or True,
+        "cuda": cuda.why_unavailable() or True,
         "reference": True,
         "triton": _why_no_triton() or True,
     }
@@ -70,18 +72,25 @@ def pick(name: str, device: torch.device) -> str:
         name = _forced[-1]
     if name == "auto":
         if device.type == "cuda":
+            if cuda.why_unavailable() is None:
+                return "cuda"
             return "triton" if _has_triton else "reference"
         return "cpu" if device.type == "cpu" and native.unavailable is None else "reference"
     if name == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' serves tensors on the CPU; x is on {device}")
+    if name == "cuda" and device.type != "cuda":
+        raise RuntimeError(f"backend 'cuda' serves tensors on an NVIDIA GPU; x is on {device}")
     if name == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interprets()):
         raise RuntimeError(f"backend 'triton' serves tensors on a GPU; x is on {device}")
     return name
 
 
-def module(name: str) -> ModuleType:
-    """The module of a backend that `pick` named."""
+def module(name: str) -> ModuleType | SimpleNamespace:
+    """The phases of a backend that `pick` named."""
     if name not in _MODULES:
-        # Not at the top: importing Triton costs a moment.
-        _MODULES[name] = importlib.import_module("bnfast.triton_kernels")
+        if name == "cuda":
+            _MODULES[name] = cuda.phases(torch.ops.bnfast)
+        else:
+            # Not at the top: importing Triton costs a moment.
+            _MODULES[name] = importlib.import_module("bnfast.triton_kernels")
     return _MODULES[name]

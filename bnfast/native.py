@@ -21,6 +21,18 @@ else:
     unavailable = None
     _capability = _C.cpu_capability()
 
+# The operators that C++ implements for tensors on the CPU and on CUDA.
+BN_PHASES = (
+    "bn_fwd_reduce",
+    "bn_fwd_apply",
+    "bn_fwd_reduce_apply",
+    "bn_bwd_reduce",
+    "bn_bwd_apply",
+    "bn_bwd_apply_",
+    "bn_bwd_reduce_apply",
+    "bn_bwd_reduce_apply_",
+)
+
 _CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
 _STATS = (
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
@@ -223,20 +235,26 @@ def _fake_bn_fwd_reduce(z, *stats):
 
 
 def _fake_bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, want_bits):
-    words = _bit_words(z) if want_bits else 0
-    return torch.empty_like(_fake_dense(z)), z.new_empty(2 * words, dtype=torch.uint8)
+    count = bit_bytes(z, z.device.type == "cuda") if want_bits else 0
+    return torch.empty_like(_fake_dense(z)), z.new_empty(count, dtype=torch.uint8)
 
 
-def _bit_words(z: Tensor) -> int:
-    """Words of 16 bits that hold one bit per element; planes that are no rows (csrc/cpu/bn.h) start at a new word."""
+def bit_bytes(z: Tensor, on_cuda: bool) -> int:
+    """Bytes of one bit per element. On the CPU in words of 16 bits, planes that are no rows (csrc/cpu/bn.h) beginning at a new
+    word; on CUDA each line of the tensor in bytes of its own (csrc/cuda/bn.h)."""
     dense = _fake_dense(z)
     plane = 1
     for size in z.shape[2:]:
         plane = plane * size
     inner = plane if dense.is_contiguous() else 1
+    if on_cuda:
+        if inner == 1:
+            return z.shape[0] * plane * ((z.shape[1] + 7) // 8)
+        partial = 1 if plane % 8 != 0 else 0
+        return z.shape[0] * z.shape[1] * ((plane + 7) // 8 + partial)
     if inner == 1 or (inner < 32 and inner * z.shape[1] <= 32768):
-        return (z.numel() + 15) // 16
-    return z.shape[0] * z.shape[1] * ((plane + 15) // 16)
+        return 2 * ((z.numel() + 15) // 16)
+    return 2 * z.shape[0] * z.shape[1] * ((plane + 15) // 16)
 
 
 def _fake_bn_fwd_reduce_apply(

@@ -51,6 +51,12 @@ TORCH_LIBRARY(bnfast, m) {
   m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
 }
 
+#ifdef BNFAST_CUDA_ARCHITECTURES
+constexpr const char* kCudaArchitectures = BNFAST_CUDA_ARCHITECTURES;
+#else
+constexpr const char* kCudaArchitectures = "";
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of bnfast; importing it registers torch.ops.bnfast.*";
   m.def("cpu_capability", [] { return bnfast::cpu_capability().name; },
@@ -71,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
     stats["misses"] = s.misses;
     return stats;
   }, "Bytes of the pool in use, free, and the most that was in use at once; requests served from it and mapped anew.");
+  m.def("cuda_architectures", [] { return kCudaArchitectures; },
+        "What the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where the build has none.");
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;

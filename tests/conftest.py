@@ -1,22 +1,34 @@
-"""Fixtures shared by all tests: seed and thread count, poisoned fresh memory, one `backend` per backend of the package (Triton's
-in its interpreter where there is no GPU)."""
+"""Fixtures shared by all tests: seed and thread count, poisoned fresh memory, one `backend` per backend of the package (where there
+is no GPU, Triton's in its interpreter and CUDA's in the emulator)."""
 
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import triton_interpreter
+from cuda_emulator import build as cuda_emulator
 
 is_interpreted = triton_interpreter.install()
 
-from bnfast import dispatch
+from bnfast import cuda, dispatch, native
 
 FULL = os.environ.get("BNFAST_FULL_TESTS") == "1"
-SAMPLE = 4
+# Of tests with many cases one in so many runs where a backend is interpreted.
+SAMPLE = {"triton": 4, "cuda": 4}
+WHERE = {"triton": "Triton's interpreter", "cuda": "the CUDA emulator"}
+
+
+def has_emulator() -> bool:
+    """Whether the CUDA kernels run in the emulator here: without a GPU, with a C++ compiler and the operators' schemas."""
+    return (
+        not torch.cuda.is_available()
+        and native.unavailable is None
+        and bool(cuda_emulator.compiler())
+    )
 
 
 @dataclass(frozen=True)
@@ -24,9 +36,9 @@ class Backend:
     """A backend under test: its module of phase functions and the device on which its tensors live."""
 
     name: str
-    module: ModuleType
+    module: ModuleType | SimpleNamespace
     device: torch.device
-    interpreted: bool = False  # slow: large shapes are cut
+    interpreted: bool = False  # in an interpreter or emulator, slow: large shapes are cut
 
     def __str__(self) -> str:
         return self.name
@@ -34,26 +46,32 @@ class Backend:
     def takes_long(self) -> None:
         """Skips the test where the interpreter would take minutes for it, but in the full form."""
         if self.interpreted and not FULL:
-            pytest.skip("takes too long in Triton's interpreter; BNFAST_FULL_TESTS=1 runs it")
+            pytest.skip(f"takes too long in {WHERE[self.name]}; BNFAST_FULL_TESTS=1 runs it")
 
 
 @pytest.fixture(params=sorted(dispatch.backends()))
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend of bnfast.dispatch.backends(); one that is not available is skipped with its own reason."""
     name = request.param
-    available = dispatch.backends()[name]
+    emulated = name == "cuda" and has_emulator()
+    available = emulated or dispatch.backends()[name]
     if available is not True:
         pytest.skip(f"backend {name}: {available}")
-    interpreted = name == "triton" and is_interpreted
+    interpreted = emulated or (name == "triton" and is_interpreted)
     if interpreted and not FULL:
         # Of tests with many cases the interpreter gets a sample, the same each time, and no large tensors.
         params = request.node.callspec.params
         case = params.get("case")
         large = case is not None and torch.Size(case.shape).numel() > 50_000
-        if large or (len(params) > 1 and zlib.crc32(request.node.nodeid.encode()) % SAMPLE):
+        chosen = zlib.crc32(request.node.nodeid.encode()) % SAMPLE[name] == 0
+        if large or (len(params) > 1 and not chosen):
             pytest.skip(
-                f"one small case in {SAMPLE} in Triton's interpreter; all: BNFAST_FULL_TESTS=1"
+                f"one small case in {SAMPLE[name]} in {WHERE[name]}; all: BNFAST_FULL_TESTS=1"
             )
+    if emulated:
+        cuda_emulator.emulator()
+        module = cuda.phases(torch.ops.bnfast_emulated)
+        return Backend(name, module, torch.device("cpu"), interpreted)
     on_gpu = name == "cuda" or (name == "triton" and not interpreted)
     device = torch.device("cuda" if on_gpu else "cpu")
     return Backend(name, dispatch.module(name), device, interpreted)

@@ -1,5 +1,5 @@
 """Do the phase tests notice a bug? Plants one at a time into a copy of the tree, rebuilds, and expects red. Mutants of Triton
-kernels run in its interpreter.
+kernels run in its interpreter, those of CUDA kernels in the emulator.
 
     python tests/mutations.py [--only PART_OF_A_NAME] [--check] [--workers N]
 
@@ -31,6 +31,8 @@ TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
 TRITON_ACTIVATION = "triton_kernels/activation.py"
 TRITON_CONV_FWD, TRITON_CONV_BWD = "triton_kernels/conv_fwd.py", "triton_kernels/conv_bwd.py"
 CHAIN = "bnfast/ops.py"
+CUDA_FWD, CUDA_BWD = "csrc/cuda/bn_fwd.cu", "csrc/cuda/bn_bwd.cu"
+CUDA_BLOCKS, CUDA_SLOTS = "csrc/cuda/blocks.cuh", "csrc/cuda/slots.cuh"
 COPIED = (
     "setup.py",
     "pyproject.toml",
@@ -56,6 +58,7 @@ TRITON_TESTS = (
     "--deselect=tests/test_triton.py::test_kernels_compile_for_chips_that_are_not_there",
     "-k=triton",
 )
+CUDA_TESTS = ("tests/test_cuda.py", "tests/test_backends.py", "-k=cuda")
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,18 @@ class Mutation:
         return self.file.startswith("triton_kernels/")
 
     @property
+    def is_cuda(self) -> bool:
+        return self.file.startswith("csrc/cuda/")
+
+    @property
     def tests(self) -> tuple[str, ...]:
         """The tests that have to notice it, those first that are about it alone."""
         if self.is_triton:
             return TRITON_TESTS
         if self.file == CHAIN:
             return ("tests/test_chain.py", "-k=reference")
+        if self.is_cuda:
+            return CUDA_TESTS
         text = f"{self.file} {self.name}"
         return tuple(sorted(TESTS, key=lambda path: path[len("tests/test_") : -3] not in text))
 
@@ -767,6 +776,133 @@ MUTATIONS = [
         'len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS',
         "len(readers) > 1 or spec.act in SMOOTH_ACTS",
     ),
+    # CUDA, in the emulator
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: threads merged without the distance of their means",
+        CUDA_FWD,
+        "m2[j] += other_m2[j] + step * (step * (n * weight));",
+        "m2[j] += other_m2[j];",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: places outside of a slot count",
+        CUDA_FWD,
+        "counted[u] = kColumns ? slot.is_there() : slot.places();",
+        "counted[u] = 0xffu;",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: splits merged without the distance of their means",
+        CUDA_FWD,
+        "return load_part(s, 2) + d * (d * load_part(s, 0));",
+        "return load_part(s, 2);",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: num_batches_tracked counted once per tile",
+        CUDA_FWD,
+        "if (a.tracked && is_last_block(a.workspace.counters + gridDim.x, gridDim.x) && threadIdx.x == 0)",
+        "if (a.tracked && threadIdx.x == 0)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: no fence before the last block reads",
+        CUDA_BLOCKS,
+        "  if (threadIdx.x == 0) {\n    __threadfence();\n",
+        "  if (threadIdx.x == 0) {\n",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: the counter is not left at 0",
+        CUDA_BLOCKS,
+        "atomicInc(counter, blocks - 1)",
+        "atomicInc(counter, blocks)",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "cuda: no barrier between the steps of a sum",
+        CUDA_BLOCKS,
+        "    __syncthreads();\n    if (static_cast<int>(threadIdx.x) < half)",
+        "    if (static_cast<int>(threadIdx.x) < half)",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: channels read before they are there",
+        CUDA_FWD,
+        "      __syncthreads();\n      if constexpr (kColumns) channel =",
+        "      if constexpr (kColumns) channel =",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: bits from the pre-activation before rounding",
+        CUDA_FWD,
+        "act.passes(rounded<T>(pre))) << i",
+        "act.passes(pre)) << i",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: slots that share a byte of bits overwrite each other",
+        CUDA_SLOTS,
+        "word |= __shfl_down_sync(kAllLanes, word, lanes) << (lanes * w);",
+        "word |= 0;",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: the end of a partial slot is written too",
+        CUDA_SLOTS,
+        "if (s.has(i)) to[s.at + i] = narrowed<T>(x[i]);",
+        "if (i >= s.lo && s.hi > s.lo) to[s.at + i] = narrowed<T>(x[i]);",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: whole accesses where lines are not aligned",
+        CUDA_SLOTS,
+        "if (wide && s.lo == 0 && s.hi == w) {\n    __stcs",
+        "if (s.lo == 0 && s.hi == w) {\n    __stcs",
+    ),
+    Mutation(
+        "bn_fwd_apply",
+        "cuda: offsets of 32 bits",
+        CUDA_SLOTS,
+        "const int64_t begin = line * v.length, first = k * w;",
+        "const int64_t begin = static_cast<int>(line * v.length), first = k * w;",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "cuda: z not centred",
+        CUDA_BWD,
+        "fma(db, loaded.z[u][i] - channel.mean[channel.place(i)], part[1][i])",
+        "fma(db, loaded.z[u][i], part[1][i])",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "cuda: dgamma not scaled by rstd",
+        CUDA_BWD,
+        "db_z * static_cast<const A*>(a.gradient.affine.rstd)[c]",
+        "db_z",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "cuda: the last warp is forgotten",
+        CUDA_BWD,
+        "for (int w = 0; w < kWarps; ++w) sum +=",
+        "for (int w = 0; w < kWarps - 1; ++w) sum +=",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "cuda: without the mean of db",
+        CUDA_BWD,
+        "centred = (db[i] - shift_db[j]) - ",
+        "centred = db[i] - ",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "cuda: mask from the pre-activation before rounding",
+        CUDA_BWD,
+        "act.masked(act.passes(rounded<T>(pre)), grad)",
+        "act.masked(act.passes(pre), grad)",
+    ),
 ]
 
 
@@ -812,6 +948,8 @@ def run(command: list[str], tree: Path, **environment: str) -> subprocess.Comple
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     # Which the baseline uses only when told to.
     env["BNFAST_WINOGRAD"] = env["BNFAST_POINTWISE"] = "1"
+    # CUDA kernels run in the emulator, which builds them itself.
+    env["BNFAST_FORCE_CUDA"] = "0"
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
@@ -875,9 +1013,8 @@ def main() -> int:
         for tree in trees:
             tree.mkdir()
             copy_tree(tree)
-        kinds = sorted({m.is_triton for m in chosen})
+        suites = {m.tests if m.is_triton or m.is_cuda else TESTS for m in chosen}
         error = next(filter(None, pool.map(build, trees)), None)
-        suites = [TRITON_TESTS if is_triton else TESTS for is_triton in kinds]
         error = error or next(
             filter(None, map(first_failure, trees[:1] * len(suites), suites)), None
         )

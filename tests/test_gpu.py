@@ -37,13 +37,29 @@ def step(unit: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tenso
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
 
-def test_auto_takes_triton():
-    assert dispatch.pick("auto", torch.device("cuda")) == "triton"
+def test_auto_takes_compiled_kernels_first():
+    expected = "cuda" if dispatch.backends()["cuda"] is True else "triton"
+    assert dispatch.pick("auto", torch.device("cuda")) == expected
+
+
+def named(name: str) -> str:
+    """The name of a backend that is there; skips the test with the reason where it is not."""
+    available = dispatch.backends()[name]
+    if available is not True:
+        pytest.skip(f"backend {name}: {available}")
+    return name
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request):
+    """Both backends for GPUs, each as the one that all calls use."""
+    with dispatch.use_backend(named(request.param)):
+        yield request.param
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
-def test_training_stays_with_plain_pytorch(name, memory_format):
+def test_training_stays_with_plain_pytorch(gpu_backend, name, memory_format):
     """Five steps in float64: losses, affine parameters and statistics are those of the unconverted model."""
     plain = bnfast.freeze(bnfast.models.create(name).double()).cuda().train()
     ours = bnfast.convert(copy.deepcopy(plain), memory_format=memory_format)
@@ -59,7 +75,7 @@ def test_training_stays_with_plain_pytorch(name, memory_format):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_bfloat16_autocast_trains():
+def test_bfloat16_autocast_trains(gpu_backend):
     model = bnfast.convert(bnfast.freeze(bnfast.models.create("resnet20").cuda().train()))
     x = torch.randn(8, 3, 32, 32, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
@@ -69,7 +85,7 @@ def test_bfloat16_autocast_trains():
     assert found and all(g is not None and g.isfinite().all() for g in found)
 
 
-def test_no_synchronisation():
+def test_no_synchronisation(gpu_backend):
     """A step waits for nothing on the host, once weights are in their forms and kernels compiled."""
     unit, x = make_unit(), make_input()
     dy = torch.randn_like(unit(x))
@@ -82,7 +98,7 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_side_stream():
+def test_side_stream(gpu_backend):
     unit, x = make_unit(), make_input()
     dy = torch.randn_like(unit(x))
     expected = step(copy.deepcopy(unit), x, dy)
@@ -95,7 +111,7 @@ def test_side_stream():
         assert_bit_equal(actual, value, f"result {i}")
 
 
-def test_cuda_graph():
+def test_cuda_graph(gpu_backend):
     """Captured once, replayed on new values: the bits of the ordinary call."""
     unit, x = make_unit(), make_input()
     dy = torch.randn_like(unit(x))
@@ -116,7 +132,7 @@ def test_cuda_graph():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees fewer than two GPUs")
-def test_the_device_of_the_tensors_counts():
+def test_the_device_of_the_tensors_counts(gpu_backend):
     unit, x = make_unit(), make_input()
     dy = torch.randn_like(unit(x))
     expected = step(unit, x, dy)
@@ -125,7 +141,7 @@ def test_the_device_of_the_tensors_counts():
         torch.testing.assert_close(actual.cpu(), value.cpu())
 
 
-def test_compile_captures_the_whole_step():
+def test_compile_captures_the_whole_step(gpu_backend):
     unit, x = make_unit(), make_input()
     dy = torch.randn_like(unit(x))
     expected = step(copy.deepcopy(unit), x, dy)
@@ -135,9 +151,9 @@ def test_compile_captures_the_whole_step():
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_offsets_past_32_bits(memory_format):
+def test_offsets_past_32_bits(gpu_backend, memory_format):
     """More than 2^31 elements: the last image, which only 64-bit offsets reach, is what it is on its own."""
-    phases = dispatch.module("triton")
+    phases = dispatch.module(gpu_backend)
     channels, side = 64, 1024
     images = 2**31 // (channels * side * side) + 2
     needed = 4 * 2 * images * channels * side * side
@@ -164,3 +180,45 @@ def test_offsets_past_32_bits(memory_format):
     last = z[-1:].clone(memory_format=memory_format)
     expected, _ = reference.bn_fwd_apply(last, mean, rstd, None, None, None, "relu", 0.0, False)
     torch.testing.assert_close(y[-1:], expected)
+
+
+def test_two_streams_at_once():
+    """Reductions on several streams at the same time do not share counters."""
+    phases = dispatch.module(named("cuda"))
+    inputs = [torch.randn(16, 64, 56, 56, device="cuda") + i for i in range(4)]
+    expected = [phases.bn_fwd_reduce(z, None, None, None, 0.1, 1e-5) for z in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, z in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(phases.bn_fwd_reduce(z, None, None, None, 0.1, 1e-5))
+        torch.cuda.synchronize()
+        for actual, wanted in zip(found, expected, strict=True):
+            for a, w in zip(actual, wanted, strict=True):
+                assert_bit_equal(a, w, "moments on a stream of their own")
+
+
+def test_cuda_launches_two_kernels_each_way():
+    """Forward and backward of a unit's BatchNorm side, memory operations included."""
+    phases = dispatch.module(named("cuda"))
+    z, dy = (torch.randn(8, 64, 28, 28, device="cuda") for _ in range(2))
+    gamma, beta = torch.rand(2, 64, device="cuda")
+    buffers = (torch.zeros(64, device="cuda"), torch.ones(64, device="cuda"))
+    tracked = torch.tensor(0, device="cuda")
+
+    def step():
+        mean, rstd, _, _ = phases.bn_fwd_reduce_apply(
+            z, *buffers, tracked, 0.1, 1e-5, gamma, beta, None, "relu", 0.0, False
+        )
+        phases.bn_bwd_reduce_apply(dy, z, mean, rstd, gamma, beta, None, None, "relu", 0.0, False)
+
+    step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(names) == 4 and all("bn_" in name for name in names), names

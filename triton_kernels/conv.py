@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnfast import reference
+from bnfast.cuda import input_gradient
 from bnfast.reference import Above, Below, Beside, Norm, accumulator, se_bwd_apply, se_fwd
 
 from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_, finalise_sums
@@ -129,30 +130,14 @@ def conv_dgrad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """See reference.conv_dgrad. Grouped convolutions take PyTorch's own backward with one element in place of the input, of
-    which only the shape is asked: the transposed convolution has no fast grouped form on GPUs."""
+    """See reference.conv_dgrad; what does not run fused goes PyTorch's way, see `bnfast.cuda.input_gradient`."""
     with device_of(dz):
         conv = (weight, input_size, stride, padding, dilation)
         if route(dz, weight, groups) == "fused":
             return bn_bwd_apply_conv_dgrad_reduce(
                 dz, None, "identity", 0.0, *conv, groups, None, None, "identity", 0.0, None
             )[0]
-        if groups == 1 or not dz.is_cuda:
-            return reference.conv_dgrad(dz, *conv, groups)
-        x = dz.new_empty(1).expand(dz.shape[0], weight.shape[1] * groups, *input_size)
-        return torch.ops.aten.convolution_backward(
-            dz,
-            x,
-            weight.to(dz.dtype),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [True, False, False],
-        )[0]
+        return input_gradient(dz, *conv, groups)
 
 
 def bn_bwd_apply_conv_dgrad_reduce(

@@ -3,7 +3,6 @@
 // Units of work and the order in which their results are merged depend on the shape alone, so the bits do not depend on the
 // number of threads.
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arguments.h"
 #include "bn_fused.h"
 #include "capability_table.h"
 #include "pool.h"
@@ -35,16 +35,6 @@ constexpr int64_t kStreamed = 1 << 18;   // elements of a result that is written
 constexpr int64_t kHot = 49152;          // elements that a reduction leaves in the cache for the elementwise phase behind it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Act act_of(c10::string_view name) {
-  if (name == "identity") return Act::kIdentity;
-  if (name == "relu") return Act::kRelu;
-  if (name == "relu6") return Act::kRelu6;
-  if (name == "leaky_relu") return Act::kLeakyRelu;
-  if (name == "silu") return Act::kSilu;
-  if (name == "hardswish") return Act::kHardswish;
-  TORCH_CHECK(false, "bnfast: act is '", name, "'; identity, relu, relu6, leaky_relu, silu and hardswish are allowed");
-}
 
 // How a tensor lies in memory; see bn.h.
 struct Layout {
@@ -85,30 +75,6 @@ Layout layout_of(const Tensor& z) {
     l.length = pixel * step * std::max<int64_t>(1, kRowLength / (pixel * step));
   }
   return l;
-}
-
-// z dense in one of the two layouts, without a copy where it is already.
-Tensor dense(const Tensor& z) {
-  if (z.is_contiguous()) return z;
-  if (z.dim() == 4) return z.contiguous(z.suggest_memory_format());
-  if (z.dim() == 5 && z.is_contiguous(at::MemoryFormat::ChannelsLast3d)) return z;
-  return z.contiguous();
-}
-
-at::ScalarType accumulator(const Tensor& z) { return z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-void check_like(const Tensor& t, const Tensor& z, const char* name) {
-  TORCH_CHECK(t.sizes() == z.sizes() && t.scalar_type() == z.scalar_type(), "bnfast: ", name, " is ", t.scalar_type(), " ",
-              t.sizes(), "; it must be ", z.scalar_type(), " ", z.sizes(), " as z is");
-}
-
-void check_vector(const OptionalTensor& t, const Tensor& z, const char* name) {
-  TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == z.size(1)), "bnfast: ", name, " is of shape ", t->sizes(),
-              "; it must hold one value per channel, [", z.size(1), "]");
-}
-
-void check_z(const Tensor& z) {
-  TORCH_CHECK(z.dim() >= 2, "bnfast: z is of shape ", z.sizes(), "; it must be [N, C, ...]");
 }
 
 struct Channels { int64_t begin, end; };
@@ -417,15 +383,6 @@ struct Statistics {
   }
 };
 
-void check_running(const Tensor& z, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                   const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
-  check_z(z);
-  check_vector(running_mean, z, "running_mean");
-  check_vector(running_var, z, "running_var");
-  TORCH_CHECK(momentum || num_batches_tracked || !(running_mean || running_var),
-              "bnfast: momentum is None; that needs num_batches_tracked");
-}
-
 // The statistics of z, which is dense. produce, where given, writes the pixels [begin, end) of z before they are read.
 Statistics reduce(const Tensor& z, const Layout& l, double eps,
                   const c10::function_ref<void(int64_t begin, int64_t end)>* produce = nullptr) {
@@ -707,11 +664,6 @@ Tensor write_dz(Backward& b, Tensor& dz, bool want_dresidual) {
   return dresidual;
 }
 
-void check_both(const OptionalTensor& dgamma, const OptionalTensor& dbeta) {
-  TORCH_CHECK(dgamma.has_value() == dbeta.has_value(),
-              "bnfast: dgamma and dbeta must both be given (batch statistics) or both be None (constant statistics)");
-}
-
 std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
                                         OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                         OptionalTensor bits, OptionalTensor dgamma, OptionalTensor dbeta,
@@ -722,12 +674,6 @@ std::tuple<Tensor, Tensor> bn_bwd_apply(const Tensor& dy, const Tensor& z, const
   Tensor dz = at::empty_like(b.z);
   Tensor dresidual = write_dz(b, dz, want_dresidual);
   return {dz, dresidual};
-}
-
-void check_writable(const Tensor& dy, const Tensor& z, const OptionalTensor& residual) {
-  at::assert_no_internal_overlap(dy);
-  at::assert_no_overlap(dy, z);
-  if (residual) at::assert_no_overlap(dy, *residual);
 }
 
 Tensor bn_bwd_apply_(Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
