@@ -357,12 +357,29 @@ def initialize(
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
+    return initialize_affine(model, gamma, beta, generator)
+
+
+def initialize_affine(
+    model: nn.Module,
+    gamma: str | None = "uniform",
+    beta: float | None = 0.0,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """The part of :func:`initialize` that draws gammas and sets betas; None leaves them as they are."""
+    if gamma not in (None, *GAMMA_CHOICES):
+        raise ValueError(f"gamma must be one of {', '.join(GAMMA_CHOICES)}, not {gamma!r}")
+    if beta is not None and not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, not {beta}")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
                 if module.weight is not None and gamma == "ones":
                     nn.init.ones_(module.weight)
-                elif module.weight is not None:
+                elif module.weight is not None and gamma is not None:
                     low = 0.0 if gamma == "uniform" else -1.0
                     nn.init.uniform_(module.weight, low, 1.0, generator=generator)
-                if module.bias is not None:
+                if module.bias is not None and beta is not None:
                     nn.init.constant_(module.bias, beta)
     return model
 
