@@ -211,7 +211,7 @@ class Run:
                         tensor
                     ).copy_(momentum)
         self.history = [Epoch(**entry) for entry in state["history"]]
-        self.sums.copy_(torch.tensor(state["sums"]))
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.seconds = state["seconds"]
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
