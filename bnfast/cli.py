@@ -1,4 +1,4 @@
-"""The command line: bnfast train | explain | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
+"""The command line: bnfast train | sweep | report | explain | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
 use, 130 interrupted.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bnfast import distributed, models
+from bnfast import distributed, models, sweep
 from bnfast.recipes import TrainConfig, from_plain
 from bnfast.training import CONFIG, TrainingError, TrainResult, train
 
@@ -56,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="bnfast", description="BatchNorm-only training of CNNs (arXiv 2003.00152), fast."
     )
-    commands = parser.add_subparsers(required=True, metavar="train | explain | doctor")
+    commands = parser.add_subparsers(
+        required=True, metavar="train | sweep | report | explain | doctor"
+    )
     _add_train(commands)
+    _add_sweep(commands)
+    _add_report(commands)
     _add_explain(commands)
     _add_doctor(commands)
     return parser
@@ -127,6 +131,55 @@ def _train(arguments: argparse.Namespace) -> int:
     result = train(from_plain(begun | given))
     if distributed.is_first():
         print(_summary(result))
+    return 0
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train the runs of a file, skipping what is finished",
+        description="Trains the runs of a TOML file, one after the other. Finished ones are skipped, interrupted ones go on.",
+    )
+    parser.add_argument("file", metavar="FILE", help="see experiments/ for examples")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the runs; runs/<FILE's name> where left out"
+    )
+    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--quiet", dest="progress", action="store_false", help="no progress bars")
+    parser.set_defaults(command=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    planned = sweep.read(arguments.file)
+    folder = Path(arguments.out or Path("runs") / Path(arguments.file).stem)
+    if arguments.list:
+        print(_table([(run.name, sweep.state(run, folder)) for run in planned]))
+        return 0
+    failed = sweep.sweep(planned, folder, arguments.progress, lambda line: print(line, flush=True))
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
+    print(f"all {len(planned)} runs are finished: bnfast report {folder}")
+    return 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="render runs as one page, beside the paper's figures",
+        description="Renders all finished runs under a folder as one self-contained HTML page and PNG plots.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="a run, or a folder of runs")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where the page goes; DIR/report where left out"
+    )
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from bnfast import report
+
+    folder = Path(arguments.folder)
+    print(report.write(folder, Path(arguments.output or folder / "report")))
     return 0
 
 

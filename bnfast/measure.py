@@ -124,7 +124,9 @@ def machine(device: str) -> str:
         )
     except (OSError, StopIteration):
         pass  # not Linux on x86: the platform's own word
-    text = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    text = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
     return f"{torch.cuda.get_device_name()}; {text}" if device.startswith("cuda") else text
 
 

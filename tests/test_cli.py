@@ -128,7 +128,7 @@ def test_out_that_is_a_file(tmp_path, capsys):
         (["explain"], "--model"),
         (["explain", "--model", "alexander"], "unknown model 'alexander'"),
         (["fly"], "fly"),
-        ([], "train | explain | doctor"),
+        ([], "train | sweep | report | explain | doctor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
