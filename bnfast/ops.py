@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import cross_rank, dispatch
 from .reference import ACTS, BIT_ACTS, GATES, SMOOTH_ACTS, accumulator, conv_output_size, rstd_of
 
 
@@ -35,7 +35,8 @@ class Unit(NamedTuple):
     weight [C, J / groups, *] or [C, J] (linear), None without a convolution; neither weight nor bias may need a gradient.
     gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
     are used. normalize says whether there is a BatchNorm at all; use_batch_statistics is BatchNorm's training mode.
-    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`.
+    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`. group: a process group of
+    torch.distributed over which batch statistics are taken.
     """
 
     weight: Tensor | None = None
@@ -57,6 +58,7 @@ class Unit(NamedTuple):
     act: str = "identity"
     negative_slope: float = 0.01
     squeeze: SqueezeExcite | None = None
+    group: Any = None
 
 
 # Tensor fields of a unit in the order in which the Function takes them; the others are its static description. The tensors
@@ -122,6 +124,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
             u.act,
             u.negative_slope,
             None if u.squeeze is None else u.squeeze[4:],
+            u.group,
         )
         for u in units
     )
@@ -171,6 +174,7 @@ class _Chain(torch.autograd.Function):
         saved = []
         saved_squeeze = []
         input_sizes = []
+        shares = []
         squeezes = iter(range(8 * len(specs), len(tensors), 4))
         can_recompute = False  # x from what the unit before saves
         for i, spec in enumerate(specs):
@@ -186,6 +190,7 @@ class _Chain(torch.autograd.Function):
                 act,
                 slope,
                 squeeze,
+                group,
             ) = spec
             weight, bias, gamma, beta, running_mean, running_var, tracked, residual = tensors[
                 8 * i : 8 * i + 8
@@ -204,8 +209,17 @@ class _Chain(torch.autograd.Function):
                 )
             mean = rstd = bits = None
             want_bits = saves and residual is not None and act in BIT_ACTS
+            share = None
             conv = (weight, bias, stride, padding, dilation, groups)
-            if normalize and batch_stats:
+            if normalize and batch_stats and group is not None:
+                z = x if weight is None else phases.conv_forward(x, *conv)
+                mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, momentum, eps)
+                stats = (running_mean, running_var, tracked, momentum, eps)
+                count = z.numel() // z.shape[1]
+                mean, rstd, share = cross_rank.merged(count, mean, m2, *stats, group)
+                rest = (gamma, beta, residual, act, slope, want_bits)
+                x, bits = phases.bn_fwd_apply(z, mean, rstd, *rest)
+            elif normalize and batch_stats:
                 stats = (running_mean, running_var, tracked, momentum, eps)
                 rest = (*stats, gamma, beta, residual, act, slope, want_bits)
                 if weight is None:
@@ -231,9 +245,15 @@ class _Chain(torch.autograd.Function):
             kept = (z if normalize else None, mean, rstd, bits, hidden)
             can_recompute = normalize and residual is None
             saved += (weight, gamma, beta, *kept)
+            shares.append(share)
         if saves:
             ctx.save_for_backward(*saved, *saved_squeeze)
-            ctx.specs, ctx.backend, ctx.input_sizes = specs, backend, input_sizes
+            ctx.specs, ctx.backend, ctx.input_sizes, ctx.shares = (
+                specs,
+                backend,
+                input_sizes,
+                shares,
+            )
         return x
 
     @staticmethod
@@ -246,9 +266,9 @@ class _Chain(torch.autograd.Function):
         squeezes = iter(range(len(saved) - 5, -1, -5))
         ours = False  # dy was made here and nobody else holds it: dz may be written over it
         for i in reversed(range(len(ctx.specs))):
-            stride, padding, dilation, groups, normalize, batch_stats, _, _, act, slope, squeeze = (
-                ctx.specs[i]
-            )
+            spec, share = ctx.specs[i], ctx.shares[i]
+            stride, padding, dilation, groups, normalize, batch_stats = spec[:6]
+            act, slope, squeeze, group = spec[8:]
             weight, gamma, beta, z, mean, rstd, bits, hidden = saved[8 * i : 8 * i + 8]
             conv = (ctx.input_sizes[i], stride, padding, dilation, groups)
             needs_input = needs_x or any(needs[: 8 * i])
@@ -263,7 +283,12 @@ class _Chain(torch.autograd.Function):
                 may_overwrite = ours and not is_dresidual
                 over_dy = may_overwrite and dy.stride() == z.stride()
                 dgamma = dbeta = dresidual = None
-                if batch_stats and needs_input and weight is not None:
+                if share is not None:
+                    dgamma, dbeta = phases.bn_bwd_reduce(*state, act, slope)
+                    if needs_input or want:
+                        over_all = cross_rank.summed(dgamma, dbeta, share, group)
+                        dy, dresidual = phases.bn_bwd_apply(*state, *over_all, act, slope, want)
+                elif batch_stats and needs_input and weight is not None:
                     dgamma, dbeta, dy, dresidual = phases.bn_bwd_reduce_apply_dgrad(
                         *state, act, slope, want, may_overwrite, weight, *conv
                     )
@@ -294,7 +319,7 @@ class _Chain(torch.autograd.Function):
                     grads[first + _RESIDUAL] = dresidual
             if not needs_input:
                 break
-            if weight is not None and not (normalize and batch_stats):
+            if weight is not None and not (normalize and batch_stats and share is None):
                 dy = phases.conv_dgrad(dy, weight, *conv)
             if squeeze is not None:
                 at = next(squeezes)
