@@ -295,6 +295,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "torchvision": _version("torchvision") or "not installed",
         "scikit-learn": _version("scikit-learn") or "not installed",
+        "matplotlib": _version("matplotlib") or "not installed",
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cpu threads": str(torch.get_num_threads()),
@@ -317,6 +318,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         missing.append("torchvision, for the ImageNet networks: pip install torchvision")
     if _version("scikit-learn") is None:
         missing.append("scikit-learn, for the data set digits: pip install scikit-learn")
+    if _version("matplotlib") is None:
+        missing.append("matplotlib, for bnfast report: pip install matplotlib")
     if arguments.json:
         print(json.dumps(facts | {"backends": backends, "missing": missing}, indent=2))
         return 0

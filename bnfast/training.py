@@ -24,7 +24,7 @@ from bnfast import analysis, checkpoints, distributed, measure, models
 from bnfast.affine import AffineFileError, load_affine, read_metadata, save_affine, write_atomically
 from bnfast.data import Data, Place, load, mixed_seed, shuffled, spec
 from bnfast.freezing import affine_parameters, freeze, frozen_digest
-from bnfast.loop import Epoch, EvaluationBatches, Run, TrainingError, train_runs
+from bnfast.loop import Epoch, EvaluationBatches, Run, TrainingError, autocast, train_runs
 from bnfast.random_weights import train_random_weights
 from bnfast.recipes import PRETRAINED, RANDOM_WEIGHTS, TrainConfig
 
@@ -251,11 +251,12 @@ def _compare(
     few = slice(_AGREEMENT_SAMPLES)
     agree = measure.gradient_agreement(model, plain, images[few], labels[few]).ok
     sides = [copy.deepcopy(m).train() for m in (model, plain)]
-    saved = [measure.saved_activation_bytes(side, images) for side in sides]
     times = [math.nan, math.nan]
-    if timed:
-        steps = [measure.training_step(s, images, labels, config.lr / 100) for s in sides]
-        times = measure.interleaved_ms(steps, _COMPARED_STEPS)
+    with autocast(config):
+        saved = [measure.saved_activation_bytes(side, images) for side in sides]
+        if timed:
+            steps = [measure.training_step(s, images, labels, config.lr / 100) for s in sides]
+            times = measure.interleaved_ms(steps, _COMPARED_STEPS)
     return {
         "step_ms": times[0],
         "plain_step_ms": times[1],

@@ -287,3 +287,41 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("bnfast: error: ") and done.stderr.count("\n") == 1
+
+
+def test_pretrained_features_are_asked_for_and_kept(capsys):
+    source = create("resnet8")
+    with torch.no_grad():
+        source.bn.weight.fill_(0.75)
+    torch.save(source.state_dict(), "weights.pt")
+    assert "--features pretrained" in refused(capsys, *TINY, "--weights", "weights.pt")
+    options = ["--features", "pretrained", "--weights", "weights.pt", "--compare", "none"]
+    assert main([*TINY, *options, "--lr", "0", "--out", "run"]) == 0
+    model = rebuild("run/affine.safetensors", weights="weights.pt")
+    assert torch.equal(model.conv.weight, source.conv.weight)
+    assert (model.bn.weight == 0.75).all()
+    assert main([*TINY, *options, "--lr", "0", "--out", "ones", "--init-gamma", "ones"]) == 0
+    assert (rebuild("ones/affine.safetensors", weights="weights.pt").bn.weight == 1).all()
+    other = create("resnet8")
+    torch.save(other.state_dict(), "other.pt")
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        rebuild("run/affine.safetensors", weights="other.pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config", "random2"],
+        ["--config", "gamma", "--statistics", "running", "--calibrate", "2"],
+        ["--amp", "bfloat16", "--no-channels-last"],
+        ["--model", "timm:resnet18", "--features", "orthogonal"],
+        ["--model", "vgg11", "--config", "bn+output", "--init-gamma", "symmetric"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train(capsys, options):
+    pytest.importorskip("timm")
+    assert main([*TINY, *options, "--out", "run"]) == 0
+    assert "step time" in capsys.readouterr().out
+    trained = rebuild("run/affine.safetensors")
+    assert all(value.isfinite().all() for value in trained.state_dict().values())
