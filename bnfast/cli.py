@@ -201,7 +201,9 @@ def _summary(result: TrainResult) -> str:
         ),
     ]
     compared = result.comparison
-    if compared is not None:
+    if compared is None:
+        rows.append(("step time", f"{result.step_ms:.2f} ms"))
+    else:
         rows.append(("", ""))
         rows.append(
             (

@@ -261,10 +261,10 @@ def _fashion_mnist(folder: Path | None, download: bool, how: Augmentation) -> Da
     """Fashion-MNIST's 60,000 and 10,000 images from IDX files, with zeros around them to 32x32."""
     if download:
         torchvision = _torchvision("fashion-mnist")
-        root = folder or Path("data")
-        _downloading(lambda: torchvision.datasets.FashionMNIST(str(root), download=True))
-        folder = root / "FashionMNIST" / "raw"
-    found = [Path(f) for f in ((folder,) if folder is not None else FASHION_FOLDERS)]
+        folder = folder or Path("data")
+        _downloading(lambda: torchvision.datasets.FashionMNIST(str(folder), download=True))
+    given = () if folder is None else (folder, folder / "FashionMNIST" / "raw")
+    found = given or tuple(map(Path, FASHION_FOLDERS))
     places = [f for f in found if all(_idx_path(f, name) is not None for name in _FASHION_FILES)]
     if not places:
         raise FileNotFoundError(

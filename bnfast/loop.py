@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,12 +338,12 @@ def _hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class EvaluationBatches:
-    """Batches of the first `count` images of a split, again at each iteration."""
+    """Batches of at most `count` images spread evenly over a split, the same ones at each iteration."""
 
     def __init__(self, split: TensorSplit | FileSplit, place: Place, count: int) -> None:
         self.split = split
         self.place = place
-        self.count = min(count, len(split))
+        self.order = torch.arange(0, len(split), math.ceil(len(split) / count)).split(_TEST_BATCH)
 
-    def __iter__(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return self.split.batches(in_order(self.count, _TEST_BATCH), self.place)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.split.batches(self.order, self.place)

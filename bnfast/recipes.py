@@ -166,10 +166,10 @@ class TrainConfig:
     )
     backend: str = _option("auto", _HOW, "auto, or one that `bnfast doctor` lists")
     convert: bool = _option(True, _HOW, "train the converted model (--no-convert: plain PyTorch)")
-    compare: str | None = _option(
-        None,
+    compare: str = _option(
+        "none",
         _HOW,
-        "plain PyTorch beside it: for a few timed steps, for the whole run, or not at all; steps, under torchrun none",
+        "plain PyTorch beside it, for a few timed steps or for the whole run; needs its memory too",
         choices=("none", "steps", "run"),
     )
     channels_last: bool = _option(True, _HOW, "memory format of images and activations")

@@ -191,7 +191,8 @@ def _cost_row(run: RunRecord) -> list[str]:
     ]
     compared = result.get("comparison")
     if compared is None:
-        row += [f"{result['step_ms']:.1f}", "", "", "", ""]
+        own = result["step_ms"]
+        row += ["" if own is None else f"{own:.1f}", "", "", "", ""]
     else:
         ratio = f"{compared['plain_step_ms'] / compared['step_ms']:.2f}"
         if not compared["gradients_agree"]:

@@ -85,7 +85,8 @@ class Comparison:
 class TrainResult:
     """What a run ended with. history has one entry per epoch; model is the trained model, converted unless the
     configuration says otherwise. wall_seconds: from the first step to the last, tests included; peak_bytes: the most
-    memory that the process (on a GPU: PyTorch's allocator) held so far, None where the system does not say.
+    memory that the process (on a GPU: PyTorch's allocator) held so far, None where the system does not say. step_ms: median of
+    the steps of this process, NaN where it did none.
     """
 
     model: nn.Module
@@ -142,12 +143,10 @@ def train(config: TrainConfig) -> TrainResult:
             rank,
             distributed.ranks(),
         )
-        data = load(
-            config.data,
-            config.data_dir,
-            config.download and rank == 0,
-            config.augmentation,
-        )
+        if config.download and rank == 0:
+            load(config.data, config.data_dir, download=True)
+        distributed.wait(place)
+        data = load(config.data, config.data_dir, augmentation=config.augmentation)
         return _train(config, place, data)
 
 
@@ -166,7 +165,7 @@ def _check_here(config: TrainConfig) -> None:
         if available.get(config.backend) is not True:
             reason = available.get(config.backend, f"allowed are: auto, {', '.join(available)}")
             raise ValueError(f"backend {config.backend!r} is not available: {reason}")
-    if distributed.ranks() > 1 and config.compare in ("steps", "run"):
+    if distributed.ranks() > 1 and config.compare != "none":
         raise ValueError(f"compare {config.compare!r} works in one process, not under torchrun")
 
 
@@ -208,13 +207,12 @@ def _train(config: TrainConfig, place: Place, data: Data) -> TrainResult:
         run = Run(model, config, place, folder / METRICS, writer)
         runs = [run]
         compared = None
-        mode = config.compare or ("steps" if config.convert and place.ranks == 1 else "none")
-        if mode != "none" and config.convert:
-            compared = _compare(model, plain, config, data, place, timed=mode == "steps")
-        if mode == "run":
+        if config.compare != "none" and config.convert:
+            compared = _compare(model, plain, config, data, place)
+        if config.compare == "run":
             runs.append(Run(plain, config, place, folder / PLAIN_METRICS))
         wall = train_runs(runs, config, data, place, folder)
-        if mode == "run":
+        if config.compare == "run":
             plain_run = runs[1]
             compared |= {
                 "step_ms": run.median_step_ms(),
@@ -243,9 +241,9 @@ def _train(config: TrainConfig, place: Place, data: Data) -> TrainResult:
 
 
 def _compare(
-    model: nn.Module, plain: nn.Module, config: TrainConfig, data: Data, place: Place, timed: bool
+    model: nn.Module, plain: nn.Module, config: TrainConfig, data: Data, place: Place
 ) -> dict[str, Any]:
-    """The fields of Comparison that are known before training; step times where `timed`. Works on copies."""
+    """The fields of Comparison that are known before training; step times for compare "steps". Works on copies."""
     order = shuffled(len(data.train), config.batch_size, mixed_seed(config.seed_order, 0))
     images, labels = next(data.train.batches(order[:1], place))
     few = slice(_AGREEMENT_SAMPLES)
@@ -254,7 +252,7 @@ def _compare(
     times = [math.nan, math.nan]
     with autocast(config):
         saved = [measure.saved_activation_bytes(side, images) for side in sides]
-        if timed:
+        if config.compare == "steps":
             steps = [measure.training_step(s, images, labels, config.lr / 100) for s in sides]
             times = measure.interleaved_ms(steps, _COMPARED_STEPS)
     return {
@@ -293,7 +291,7 @@ def _finish(result: TrainResult, run: Run, data: Data, place: Place) -> None:
         "test_top5": last.test_top5,
         "training_seconds": sum(entry.seconds for entry in result.history),
         "wall_seconds": result.wall_seconds,
-        "step_ms": result.step_ms,
+        "step_ms": None if math.isnan(result.step_ms) else result.step_ms,
         "peak_bytes": result.peak_bytes,
         "ranks": place.ranks,
         "machine": measure.machine(config.device),
@@ -444,6 +442,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _prepare(folder: Path, config: TrainConfig) -> None:
     """Makes the folder ready for a new run, or for the same run to go on."""
+    for name in _FILES:
+        for path in folder.glob(f".{name}.*.tmp"):  # of a process that died while it wrote
+            path.unlink()
     earlier = [folder / name for name in _FILES if (folder / name).exists()]
     if config.resume and earlier:
         if (folder / RESULT).exists():

@@ -70,7 +70,7 @@ def test_train_prints_a_summary_and_writes_a_run(tmp_path, capsys):
 
 def test_runs_get_folders_of_their_own(tmp_path):
     for _ in range(2):
-        assert main([*TINY, "--compare", "none"]) == 0
+        assert main([*TINY]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
         "resnet8-fake-bn-1",
         "resnet8-fake-bn-2",
@@ -78,7 +78,7 @@ def test_runs_get_folders_of_their_own(tmp_path):
 
 
 def test_a_run_is_replaced_only_on_request(tmp_path, capsys):
-    arguments = [*TINY, "--compare", "none", "--out", str(tmp_path / "run")]
+    arguments = [*TINY, "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -148,7 +148,7 @@ def test_unreadable_and_foreign_checkpoints(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_1(capsys):
-    assert main([*TINY, "--compare", "none", "--init-beta", "3e38", "--lr", "1"]) == 1
+    assert main([*TINY, "--init-beta", "3e38", "--lr", "1"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("bnfast: error: the training loss is")
     assert captured.err.count("\n") == 1
@@ -168,14 +168,14 @@ def test_speed_is_not_printed_when_the_gradients_differ(capsys, monkeypatch):
         return SimpleNamespace(ok=False)
 
     monkeypatch.setattr("bnfast.measure.gradient_agreement", worse)
-    assert main(TINY) == 0
+    assert main([*TINY, "--compare", "steps"]) == 0
     printed = capsys.readouterr().out
     assert "x as fast" not in printed and "not reported" in printed
 
 
 @pytest.mark.parametrize("config", ["bn", "bn+output", "all", "none"])
 def test_a_run_can_be_rebuilt_from_its_checkpoint(tmp_path, config):
-    options = TrainConfig("resnet8", "fake", config, compare="none", progress=False, seed=2)
+    options = TrainConfig("resnet8", "fake", config, progress=False, seed=2)
     result = train(options)
     model = rebuild(result.checkpoint)
     assert frozen_digest(model) == frozen_digest(result.model)
@@ -190,7 +190,7 @@ def test_rebuild_refuses_files_of_others(tmp_path):
 
 
 def test_rebuild_notices_other_frozen_weights():
-    result = train(TrainConfig("resnet8", "fake", compare="none", progress=False))
+    result = train(TrainConfig("resnet8", "fake", progress=False))
     changed = read_metadata(result.checkpoint) | {"seed": "1"}
     save_affine(result.model, "changed", metadata=changed)
     with pytest.raises(ValueError, match="draws other weights from seed 1"):
@@ -198,8 +198,8 @@ def test_rebuild_notices_other_frozen_weights():
 
 
 def test_training_goes_on_from_a_checkpoint():
-    first = train(TrainConfig("resnet8", "fake", compare="none", progress=False))
-    options = TrainConfig("resnet8", "fake", compare="none", progress=False, load=first.checkpoint)
+    first = train(TrainConfig("resnet8", "fake", progress=False))
+    options = TrainConfig("resnet8", "fake", progress=False, load=first.checkpoint)
     second = train(options)
     tracked = [result.model.state_dict()["bn.num_batches_tracked"] for result in (first, second)]
     assert [int(count) for count in tracked] == [2, 4]
@@ -295,7 +295,7 @@ def test_pretrained_features_are_asked_for_and_kept(capsys):
         source.bn.weight.fill_(0.75)
     torch.save(source.state_dict(), "weights.pt")
     assert "--features pretrained" in refused(capsys, *TINY, "--weights", "weights.pt")
-    options = ["--features", "pretrained", "--weights", "weights.pt", "--compare", "none"]
+    options = ["--features", "pretrained", "--weights", "weights.pt"]
     assert main([*TINY, *options, "--lr", "0", "--out", "run"]) == 0
     model = rebuild("run/affine.safetensors", weights="weights.pt")
     assert torch.equal(model.conv.weight, source.conv.weight)
@@ -321,7 +321,7 @@ def test_pretrained_features_are_asked_for_and_kept(capsys):
 )
 def test_other_ways_to_train(capsys, options):
     pytest.importorskip("timm")
-    assert main([*TINY, *options, "--out", "run"]) == 0
-    assert "step time" in capsys.readouterr().out
+    assert main([*TINY, *options, "--compare", "steps", "--out", "run"]) == 0
+    assert "ms, plain" in capsys.readouterr().out
     trained = rebuild("run/affine.safetensors")
     assert all(value.isfinite().all() for value in trained.state_dict().values())

@@ -142,7 +142,7 @@ TINY = [
     "--lr",
     "0.01",
 ]
-TINY += ["--flip", "--crop-padding", "2", "--compare", "none", "--no-analyse", "--quiet"]
+TINY += ["--flip", "--crop-padding", "2", "--no-analyse", "--quiet"]
 
 
 def test_training_under_torchrun_is_training_on_the_whole_batch(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ FILE = """
 data = "fake"
 epochs = 2
 analyse = true
-compare = "none"
+compare = "steps"
 
 [[runs]]
 model = ["resnet8", "wrn8_2"]
@@ -185,7 +185,7 @@ def check_page(page):
 
 
 def test_a_run_that_fails_does_not_stop_the_sweep(tmp_path, capsys, in_this_process):
-    content = '[options]\ndata = "fake"\ncompare = "none"\nmodel = "resnet8"\n[[runs]]\ninit_beta = [3e38, 0.0]'
+    content = '[options]\ndata = "fake"\nmodel = "resnet8"\n[[runs]]\ninit_beta = [3e38, 0.0]'
     (tmp_path / "file.toml").write_text(content)
     assert main(["sweep", "file.toml", "--quiet"]) == 1
     printed = capsys.readouterr()
@@ -194,7 +194,7 @@ def test_a_run_that_fails_does_not_stop_the_sweep(tmp_path, capsys, in_this_proc
 
 
 def test_a_sweep_in_processes_of_its_own(tmp_path, capsys):
-    content = '[options]\ndata = "fake"\ncompare = "none"\n[[runs]]\nmodel = "resnet8"'
+    content = '[options]\ndata = "fake"\n[[runs]]\nmodel = "resnet8"'
     (tmp_path / "file.toml").write_text(content)
     assert main(["sweep", "file.toml", "--quiet", "--out", "elsewhere"]) == 0
     assert (tmp_path / "elsewhere" / "resnet8-bn-seed0" / "result.json").exists()
@@ -206,7 +206,7 @@ def test_reports_of_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert main(["report", "empty"]) == 2
     assert "holds no finished run" in capsys.readouterr().err
-    train(TrainConfig("resnet8", "fake", progress=False, compare="none", out="run"))
+    train(TrainConfig("resnet8", "fake", progress=False, out="run"))
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert main(["report", "run"]) == 2
     assert "pip install 'bnfast[report]'" in capsys.readouterr().err

@@ -27,7 +27,6 @@ TINY = {
     "batch_size": 16,
     "flip": True,
     "crop_padding": 2,
-    "compare": "none",
     "analyse": False,
     "progress": False,
 }
@@ -131,7 +130,7 @@ def command(folder: Path) -> list[str]:
         "8",
         "--flip",
     ]
-    options += ["--crop-padding", "2", "--checkpoint-every", "1", "--compare", "none", "--quiet"]
+    options += ["--crop-padding", "2", "--checkpoint-every", "1", "--quiet"]
     return [sys.executable, "-m", "bnfast", "train", *options, "--out", str(folder), "--resume"]
 
 
