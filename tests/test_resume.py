@@ -118,6 +118,21 @@ def test_seeds_of_weights_order_and_augmentation_are_apart(tmp_path):
         assert loss != base[1]
 
 
+def test_every_step_draws_other_numbers(tmp_path, monkeypatch):
+    """Dropout's masks differ from step to step and with the seed."""
+    step = loop.Run.step
+    drawn = []
+
+    def noting(run, *arguments):
+        step(run, *arguments)
+        drawn.append(torch.rand(1).item())
+
+    monkeypatch.setattr(loop.Run, "step", noting)
+    for seed in (0, 1):
+        train(TrainConfig(**TINY, seed=seed, out=tmp_path / str(seed)))
+    assert len(set(drawn)) == len(drawn) == 24
+
+
 def command(folder: Path) -> list[str]:
     options = [
         "--model",
