@@ -72,6 +72,8 @@ def _accuracy(groups: list[Group]):
     bn = {g.model: g for g in groups if g.is_paper_init and g.options["config"] == "bn"}
     if not bn:
         return None
+    from matplotlib import ticker
+
     figure, axes = _new()
     axis = axes[0][0]
     others = set(bn)
@@ -98,6 +100,9 @@ def _accuracy(groups: list[Group]):
         rest = [bn[m] for m in bn if m in others]
         _with_range(axis, rest, "other networks", color=_COLOURS[2], marker="^", linestyle="none")
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_xlabel("gammas and betas")
     axis.set_ylabel("test accuracy, %")
     axis.legend()

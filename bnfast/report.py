@@ -288,5 +288,10 @@ th:first-child { text-align: left; position: sticky; left: 0; background: #fff; 
 .words td:nth-child(2), .words th:nth-child(2) { text-align: left; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); align-items: start; }
 figure { margin: 0; background: #fff; border: 1px solid #d8dde3; border-radius: 8px; padding: .8rem; }
+@media (max-width: 600px) {
+  th, td { padding: .35rem .45rem; }
+  tbody th, .words td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; }
+  tbody th { min-width: 4.5rem; max-width: 9rem; } .words td:nth-child(2) { min-width: 5.5rem; }
+}
 img { width: 100%; height: auto; display: block; }
 """
