@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfast.data import Place
 
@@ -47,6 +47,13 @@ def summed(values: Tensor, place: Place) -> Tensor:
     if place.ranks > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_buffers(model: nn.Module, place: Place) -> None:
+    """Gives all ranks the running statistics of rank 0, in place."""
+    if place.ranks > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wait(place: Place) -> None:

@@ -138,6 +138,7 @@ class Run:
             torch.cuda.synchronize()
         self.check_finite()
         loss, right, count = distributed.summed(self.sums, self.place).tolist()
+        distributed.share_buffers(self.model, self.place)
         top1, top5 = accuracy(self.model, test, self.place, self.config)
         self.history.append(
             Epoch(

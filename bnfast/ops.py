@@ -215,7 +215,7 @@ class _Chain(torch.autograd.Function):
                 z = x if weight is None else phases.conv_forward(x, *conv)
                 mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, momentum, eps)
                 stats = (running_mean, running_var, tracked, momentum, eps)
-                count = z.numel() // z.shape[1]
+                count = math.prod(z.shape[:1] + z.shape[2:])
                 mean, rstd, share = cross_rank.merged(count, mean, m2, *stats, group)
                 rest = (gamma, beta, residual, act, slope, want_bits)
                 x, bits = phases.bn_fwd_apply(z, mean, rstd, *rest)

@@ -179,9 +179,9 @@ def _train(config: TrainConfig, place: Place, data: Data) -> TrainResult:
     import bnfast
 
     plain = _build(config, data.num_classes, data.in_channels)
-    counts = [sum(p.numel() for p in plain.parameters())]
+    total = sum(p.numel() for p in plain.parameters())
     _choose(plain, config.config, config.seed)
-    counts.insert(0, sum(p.numel() for p in plain.parameters() if p.requires_grad))
+    trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     if config.load is not None:
         _check_same_features(config)
         load_affine(plain, config.load)
@@ -226,8 +226,8 @@ def _train(config: TrainConfig, place: Place, data: Data) -> TrainResult:
             model=model,
             config=config,
             history=tuple(run.history),
-            trainable_parameters=counts[0],
-            total_parameters=counts[1],
+            trainable_parameters=trainable,
+            total_parameters=total,
             step_ms=run.median_step_ms(),
             wall_seconds=wall,
             peak_bytes=measure.peak_bytes(place.device),
@@ -253,6 +253,7 @@ def _compare(
     with autocast(config):
         saved = [measure.saved_activation_bytes(side, images) for side in sides]
         if config.compare == "steps":
+            # Many steps on one batch: small ones, so that the numbers stay ordinary.
             steps = [measure.training_step(s, images, labels, config.lr / 100) for s in sides]
             times = measure.interleaved_ms(steps, _COMPARED_STEPS)
     return {
