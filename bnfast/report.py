@@ -19,7 +19,7 @@ _KEPT = (CONFIG, RESULT, ANALYSIS, METRICS)
 
 
 def write(folder: Path, output: Path) -> Path:
-    """Renders the finished runs under `folder` into `output`: report.html, plots/*.png and, under runs/, the small files
+    """Renders the finished runs under `folder` into `output`: report.html, plots/*.png and, under records/, the small files
     that it is made of, from which it can be rendered again. Returns the path of the page.
 
     Raises FileNotFoundError for a folder without a finished run, ValueError where matplotlib is missing, OSError.
@@ -38,7 +38,7 @@ def write(folder: Path, output: Path) -> Path:
         embedded.append(_picture(buffer.getvalue(), caption))
     for run in runs:
         source = folder / run.name if (folder / run.name).is_dir() else folder
-        target = output / "runs" / run.name
+        target = output / "records" / run.name
         target.mkdir(parents=True, exist_ok=True)
         for file in _KEPT:
             if (source / file).is_file() and (source / file) != (target / file):

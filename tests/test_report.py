@@ -159,7 +159,8 @@ def test_a_sweep_runs_what_is_left_and_its_report_shows_all(
 
     # From the small files that a report keeps it can be rendered again, and a second report does not count the first.
     assert (
-        main(["report", str(folder / "report" / "runs"), "--output", str(tmp_path / "again")]) == 0
+        main(["report", str(folder / "report" / "records"), "--output", str(tmp_path / "again")])
+        == 0
     )
     assert (tmp_path / "again" / "report.html").read_text() == page
     assert main(["report", str(folder)]) == 0
