@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bnfast import paper, plots
 from bnfast.affine import write_atomically
-from bnfast.results import SMALL, Group, RunRecord, claims, grouped, read
+from bnfast.results import SMALL, Group, RunRecord, claims, experiments, grouped, read
 from bnfast.training import ANALYSIS, CONFIG, METRICS, RESULT
 
 PAGE = "report.html"
@@ -27,15 +27,19 @@ def write(folder: Path, output: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}")
     runs, unfinished = read(folder, leave_out=output)
-    groups = grouped(runs)
-    pictures = plots.figures(groups)
+    parts = experiments(runs)
+    pictures = [plots.figures(grouped(part)) for part in parts]
     (output / "plots").mkdir(parents=True, exist_ok=True)
-    embedded = []
-    for name, (caption, figure) in pictures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        write_atomically(output / "plots" / f"{name}.png", buffer.getvalue())
-        embedded.append(_picture(buffer.getvalue(), caption))
+    sections = []
+    for number, (part, figures) in enumerate(zip(parts, pictures, strict=True), start=1):
+        embedded = []
+        for name, (caption, figure) in figures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", metadata={"Software": None})
+            prefix = f"{number}-" if len(parts) > 1 else ""
+            write_atomically(output / "plots" / f"{prefix}{name}.png", buffer.getvalue())
+            embedded.append(_picture(buffer.getvalue(), caption))
+        sections.append(_section(grouped(part), part, embedded))
     for run in runs:
         source = folder / run.name if (folder / run.name).is_dir() else folder
         target = output / "records" / run.name
@@ -43,31 +47,18 @@ def write(folder: Path, output: Path) -> Path:
         for file in _KEPT:
             if (source / file).is_file() and (source / file) != (target / file):
                 shutil.copyfile(source / file, target / file)
-    write_atomically(output / PAGE, _page(groups, runs, unfinished, embedded).encode())
+    write_atomically(output / PAGE, _page(runs, unfinished, sections).encode())
     return output / PAGE
 
 
-def _page(
-    groups: list[Group], runs: list[RunRecord], unfinished: list[str], pictures: list[str]
-) -> str:
+def _page(runs: list[RunRecord], unfinished: list[str], sections: list[str]) -> str:
     sets = sorted({run.result["data_name"] for run in runs})
     title = f"BatchNorm alone on {', '.join(sets)}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(_recipe(runs))}</p>",
         "<p>Figures of the paper (Frankle, Schwab, Morcos: Training BatchNorm and Only BatchNorm, arXiv 2003.00152) are for "
         "CIFAR-10 after 160 epochs, and stand beside these runs for the order of networks and configurations.</p>",
-        "<h2>What the paper claims, and these runs</h2>",
-        _claims_list(groups),
-        "<h2>Accuracy</h2>",
-        _table(_ACCURACY_HEAD, [_accuracy_row(group) for group in groups], "wide words"),
-        f"<p class=note>{escape(_trust())}</p>",
-        "<h2>Time and memory</h2>",
-        _table(_COST_HEAD, [_cost_row(run) for run in runs]),
-        f"<p class=note>{escape(_cost_note(runs))}</p>",
-        _whole_runs(runs),
-        "<h2>Plots</h2>",
-        f"<div class=plots>{''.join(pictures)}</div>",
+        *sections,
     ]
     if unfinished:
         parts.append(f"<p class=note>Not finished: {escape(', '.join(unfinished))}.</p>")
@@ -80,29 +71,40 @@ def _page(
     )
 
 
+def _section(groups: list[Group], runs: list[RunRecord], pictures: list[str]) -> str:
+    """Everything about the runs on one data set by one recipe."""
+    parts = [
+        f"<p>{escape(_recipe(runs))}</p>",
+        "<h2>What the paper claims, and these runs</h2>",
+        _claims_list(groups),
+        "<h2>Accuracy</h2>",
+        _table(_ACCURACY_HEAD, [_accuracy_row(group) for group in groups], "wide words"),
+        f"<p class=note>{escape(_trust())}</p>",
+        "<h2>Time and memory</h2>",
+        _table(_COST_HEAD, [_cost_row(run) for run in runs]),
+        f"<p class=note>{escape(_cost_note(runs))}</p>",
+        _whole_runs(runs),
+        "<h2>Plots</h2>",
+        f"<div class=plots>{''.join(pictures)}</div>",
+    ]
+    return "\n".join(["<section>", *parts, "</section>"])
+
+
 def _recipe(runs: list[RunRecord]) -> str:
-    """The recipe in a sentence where it is the same for all runs."""
-    names = (
-        "epochs",
-        "batch_size",
-        "lr",
-        "milestones",
-        "momentum",
-        "weight_decay",
-        "flip",
-        "crop_padding",
-    )
-    recipes = {str([run.options.get(name) for name in names]) for run in runs}
-    if len(recipes) > 1:
-        return f"{len(runs)} runs by {len(recipes)} recipes."
+    """Data set and recipe of the runs, which are the same for all of them, in a sentence."""
     o = runs[0].options
     drops = ", ".join(f"{m:g}" for m in o["milestones"])
+    warm = f" after {o['warmup_epochs']:g} epochs of linear rise" if o["warmup_epochs"] else ""
     augmented = [word for word, on in (("flips", o["flip"]), ("crops", o["crop_padding"])) if on]
     return (
-        f"{len(runs)} runs by one recipe: {o['epochs']} epochs, SGD with batches of {o['batch_size']}, learning rate "
-        f"{o['lr']:g} times {o['lr_factor']:g} after {drops} epochs, momentum {o['momentum']:g}, weight decay "
-        f"{o['weight_decay']:g}, {' and '.join(augmented) or 'no augmentation'}."
+        f"{_counted(len(runs), 'run')} on {runs[0].result['data_name']}: {_counted(o['epochs'], 'epoch')}, SGD with batches of "
+        f"{o['batch_size']}, learning rate {o['lr']:g}{warm}, times {o['lr_factor']:g} after {drops} epochs, momentum "
+        f"{o['momentum']:g}, weight decay {o['weight_decay']:g}, {' and '.join(augmented) or 'no augmentation'}."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _claims_list(groups: list[Group]) -> str:
@@ -271,6 +273,7 @@ _CSS = """
 body { margin: 0; background: #f6f7f9; color: #1c2128; font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1200px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; margin: 1rem 0; }
+section + section { margin-top: 3rem; border-top: 2px solid #d8dde3; padding-top: 1rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .6rem; }
 .note, figcaption { color: #57606a; font-size: .875rem; }
 .claims { list-style: none; padding: 0; display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }

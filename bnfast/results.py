@@ -135,6 +135,33 @@ def read(folder: Path, leave_out: Path | None = None) -> tuple[list[RunRecord], 
     return finished, unfinished
 
 
+_RECIPE = (
+    "preset",
+    "epochs",
+    "batch_size",
+    "lr",
+    "milestones",
+    "lr_factor",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "flip",
+    "crop_padding",
+    "image_size",
+    "crop_scale",
+    "crop_ratio",
+)
+
+
+def experiments(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """The runs by data set and recipe: only those of one are compared with each other."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        key = json.dumps([run.result["data_name"], *(run.options[name] for name in _RECIPE)])
+        found.setdefault(key, []).append(run)
+    return list(found.values())
+
+
 def grouped(runs: Iterable[RunRecord]) -> list[Group]:
     """Groups over seeds, by size of the network and then in the order of their names."""
     found: dict[str, list[RunRecord]] = {}

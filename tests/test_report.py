@@ -167,6 +167,23 @@ def test_a_sweep_runs_what_is_left_and_its_report_shows_all(
     assert (folder / "report" / "report.html").read_text() == page
 
 
+def test_runs_by_other_recipes_or_data_are_apart(tmp_path, capsys):
+    for name, options in {"a": {}, "b": {"epochs": 2}, "c": {"seed": 1}}.items():
+        train(
+            TrainConfig("resnet8", "fake", progress=False, out=tmp_path / "runs" / name, **options)
+        )
+    assert main(["report", "runs", "--output", "page"]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    check_page(page)
+    assert page.count("<section>") == 2
+    assert (
+        "2 runs on fake by one recipe: 1 epochs" in page
+        and "1 runs on fake by one recipe: 2" in page
+    )
+    names = {path.name for path in (tmp_path / "page" / "plots").iterdir()}
+    assert {"1-accuracy.png", "2-accuracy.png"} <= names
+
+
 def check_page(page):
     """Well-formed, and nothing is loaded from elsewhere."""
     opened = []
