@@ -176,10 +176,7 @@ def test_runs_by_other_recipes_or_data_are_apart(tmp_path, capsys):
     page = (tmp_path / "page" / "report.html").read_text()
     check_page(page)
     assert page.count("<section>") == 2
-    assert (
-        "2 runs on fake by one recipe: 1 epochs" in page
-        and "1 runs on fake by one recipe: 2" in page
-    )
+    assert "2 runs on fake: 1 epoch," in page and "1 run on fake: 2 epochs," in page
     names = {path.name for path in (tmp_path / "page" / "plots").iterdir()}
     assert {"1-accuracy.png", "2-accuracy.png"} <= names
 
