@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnfast import paper
-from bnfast.results import SMALL, Group
+from bnfast.results import SMALL, Group, per_layer
 
 _WIDTH, _HEIGHT = 6.4, 4.2
 _COLOURS = (
@@ -30,8 +30,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 10.5,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "bnfast",
+    "figure.dpi": 150,
 }
 
 
@@ -171,8 +170,6 @@ def _histograms(key: str) -> Callable[[list[Group]], Any]:
 
 
 def _per_layer(pick: Callable[[dict[str, Any]], Any], label: str) -> Callable[[list[Group]], Any]:
-    from bnfast.results import per_layer
-
     def draw(groups: list[Group]):
         shown = [
             (g, shares)
