@@ -117,6 +117,17 @@ def test_a_download_without_internet_is_one_clear_line(tmp_path, capsys, monkeyp
     assert printed.err.startswith("bnfast: error: the download (--download) failed: ")
 
 
+def test_a_download_of_what_is_there_fetches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    folder = image_files.cifar(tmp_path, "cifar10", monkeypatch)
+    assert len(data.load("cifar10", folder, download=True).train) == 60
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    image_files.fashion_mnist(raw, suffix="")
+    for load in ({"download": True}, {}):
+        assert len(data.load("fashion-mnist", tmp_path, **load).train) == 48
+
+
 def test_augmentation_flips_and_crops():
     """Every image shows one of the 2 x 81 pictures that it can, and nearly all of these appear."""
     image = torch.arange(1, 1025, dtype=torch.uint8).view(1, 1, 32, 32)
