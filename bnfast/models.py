@@ -147,8 +147,12 @@ class CifarVGG(nn.Module):
 
 
 def _imagenet_resnet(depth: int, num_classes: int, in_channels: int) -> nn.Module:
-    from torchvision.models import resnet
-
+    try:
+        from torchvision.models import resnet
+    except ImportError as error:
+        raise ValueError(
+            f"resnet{depth} is torchvision's, which is not installed: pip install torchvision"
+        ) from error
     block, plan = _IMAGENET_PLANS[depth]
     model = resnet.ResNet(getattr(resnet, block), list(plan), num_classes=num_classes)
     return _with_in_channels(model, in_channels)

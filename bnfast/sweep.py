@@ -39,7 +39,10 @@ def read(path: str | os.PathLike[str]) -> list[Planned]:
     try:
         import tomllib
     except ImportError:  # Python 3.10
-        import tomli as tomllib
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise ValueError("sweeps need tomli on Python 3.10: pip install tomli") from error
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,7 @@
 """The paper's networks: parameter counts to the integer, forward shapes, initialisation."""
 
+import sys
+
 import pytest
 import safetensors.torch
 import torch
@@ -132,6 +134,17 @@ def test_pretrained_weights_of_a_file(tmp_path, save):
     assert torch.equal(other["conv.weight"], source.conv.weight) and len(other["fc.bias"]) == 4
     with pytest.raises(ValueError, match="do not fit 'resnet14'"):
         models.create_pretrained("resnet14", weights=tmp_path / "weights")
+
+
+def test_networks_of_packages_that_are_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ValueError, match="pip install torchvision"):
+        models.create("resnet50")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"unknown model 'alexnet'.*torchvision and timm not installed"
+    ):
+        models.create("alexnet")
 
 
 def test_pretrained_weights_that_are_none(tmp_path):
