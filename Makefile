@@ -15,11 +15,11 @@ $(STAMP): $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(PIP_FLAGS) --upgrade pip
 	$(PY) -m pip install $(PIP_FLAGS) "setuptools>=77" wheel ninja pybind11 "torch>=2.8" torchvision
-	$(PY) -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[train,test,bench]"
+	$(PY) -m pip install $(PIP_FLAGS) --no-build-isolation -e ".[train,report,test,bench]"
 	touch $@
 
 demo: install
-	$(PY) -m bnfast train --model resnet14 --data digits --config bn
+	$(PY) -m bnfast train --model resnet14 --data digits --config bn --compare run
 
 test: install
 	$(PY) -m ruff check .

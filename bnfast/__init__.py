@@ -10,7 +10,8 @@ from . import models, nn, ops
 from .affine import load_affine, save_affine
 from .conversion import Report, convert, explain, revert
 from .dispatch import backends, use_backend
-from .freezing import affine_parameters, freeze
+from .freezing import affine_parameters, freeze, freeze_statistics
+from .random_weights import merge_random_weights, train_random_weights
 from .weights import clear_cache
 
 __version__ = "0.1.0"
@@ -23,11 +24,14 @@ __all__ = [
     "convert",
     "explain",
     "freeze",
+    "freeze_statistics",
     "load_affine",
+    "merge_random_weights",
     "models",
     "nn",
     "ops",
     "revert",
     "save_affine",
+    "train_random_weights",
     "use_backend",
 ]

@@ -1,10 +1,11 @@
-"""The command line: bnfast train | explain | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
+"""The command line: bnfast train | sweep | report | explain | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
 use, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -12,15 +13,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
-from bnfast import models
-from bnfast.data import DATASETS
-from bnfast.freezing import CONFIGURATIONS
-from bnfast.training import TrainConfig, TrainingError, TrainResult, train
+from bnfast import distributed, models, sweep
+from bnfast.recipes import TrainConfig, from_plain
+from bnfast.training import CONFIG, TrainingError, TrainResult, train
 
 
 class _UsageError(ValueError):
@@ -56,67 +56,130 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="bnfast", description="BatchNorm-only training of CNNs (arXiv 2003.00152), fast."
     )
-    commands = parser.add_subparsers(required=True, metavar="train | explain | doctor")
+    commands = parser.add_subparsers(
+        required=True, metavar="train | sweep | report | explain | doctor"
+    )
     _add_train(commands)
+    _add_sweep(commands)
+    _add_report(commands)
     _add_explain(commands)
     _add_doctor(commands)
     return parser
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    default = TrainConfig()
     parser = commands.add_parser(
         "train",
-        help="train one of the paper's networks, with plain PyTorch beside it",
-        description="Trains one of the paper's networks, with the plain PyTorch model beside it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train a network by one of the paper's recipes",
+        usage="%(prog)s [options]",
+        description="Trains a network through its BatchNorm layers, or as --config says, by one of the paper's recipes.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # What was not given stays out of the arguments, so that --resume can tell.
+        argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--model", default=default.model, help=models.ALLOWED_NAMES)
-    add("--data", default=default.data, choices=DATASETS, help="the data set")
-    add("--data-dir", metavar="DIR", help="where the data set's files are, if not bundled")
-    add("--config", default=default.config, choices=CONFIGURATIONS, help="what trains")
-    add(
-        "--epochs",
-        type=int,
-        help="passes over the training data; the data set's preset if left out",
-    )
-    add("--batch-size", type=int, help="the data set's preset if left out")
-    add("--lr", type=float, help="learning rate; the data set's preset if left out")
-    add("--momentum", type=float, default=default.momentum, help="of SGD")
-    add("--weight-decay", type=float, default=default.weight_decay, help="of all that trains")
-    add("--seed", type=int, default=default.seed, help="of the weights and of the data order")
-    add(
-        "--init-gamma",
-        default=default.init_gamma,
-        choices=models.GAMMA_CHOICES,
-        help="first gammas",
-    )
-    add("--init-beta", type=float, default=default.init_beta, help="first value of every beta")
-    add(
-        "--features",
-        default=default.features,
-        choices=models.FEATURE_CHOICES,
-        help="frozen weights",
-    )
-    add("--load", metavar="FILE", help="start from the checkpoint of a run with the same features")
-    add("--out", metavar="DIR", help="folder of the run; a new one under runs/ if left out")
-    add("--overwrite", action="store_true", help="replace the run that DIR holds")
-    add(
-        "--no-compare",
-        dest="compare",
-        action="store_false",
-        help="do not train the plain model too",
-    )
-    add("--backend", default=default.backend, help="auto, or one that `bnfast doctor` lists")
-    add("--device", default=default.device, choices=("cpu", "cuda"), help="where to train")
-    add("--quiet", dest="progress", action="store_false", help="no progress bar")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in dataclasses.fields(TrainConfig):
+        about = dict(option.metadata)
+        title = about.pop("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        name = "--" + option.name.replace("_", "-")
+        text = about.pop("help")
+        if option.default is False:
+            groups[title].add_argument(name, action="store_true", help=text)
+        elif option.default is True:
+            flag = about.pop("flag", "--no-" + name[2:])
+            groups[title].add_argument(
+                flag, dest=option.name, action="store_false", help=_FLAGS[flag]
+            )
+        elif option.type.startswith("bool"):
+            action = argparse.BooleanOptionalAction
+            groups[title].add_argument(name, action=action, help=text)
+        else:
+            shown = "" if option.default is None else f" (default: {option.default})"
+            if about.get("type") in (int, float):
+                about.setdefault("metavar", "N" if about["type"] is int else "X")
+            groups[title].add_argument(name, help=text + shown, **about)
     parser.set_defaults(command=_train)
 
 
+# What the flags say that switch something off.
+_FLAGS = {
+    "--no-convert": "train the model in plain PyTorch, without bnfast.convert",
+    "--no-channels-last": "images and activations in NCHW",
+    "--no-analyse": "leave out gammas, dead ReLUs and small gammas set to 0 at the end",
+    "--quiet": "no progress bar",
+}
+
+_TRAIN_EXAMPLES = """\
+examples:
+  bnfast train --model resnet110 --data cifar10 --download        the paper's BatchNorm-only ResNet-110
+  bnfast train --model wrn14_4 --data cifar10 --config all        the same network, everything trained
+  bnfast train --data cifar10 --config random2                    2 random weights per channel instead
+  bnfast train --data fashion-mnist --epochs 4 --compare run      a short recipe, plain PyTorch beside it
+  bnfast train --out runs/a --resume                              go on after an interruption
+  torchrun --nproc-per-node 8 -m bnfast train --model resnet50 --data imagenet --data-dir DIR --device cuda
+"""
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    options = {key: value for key, value in vars(arguments).items() if key != "command"}
-    print(_summary(train(TrainConfig(**options))))
+    given = {key: value for key, value in vars(arguments).items() if key != "command"}
+    begun: dict[str, Any] = {}
+    if given.get("resume") and "out" in given and (Path(given["out"]) / CONFIG).is_file():
+        begun = json.loads((Path(given["out"]) / CONFIG).read_text())
+    result = train(from_plain(begun | given))
+    if distributed.is_first():
+        print(_summary(result))
+    return 0
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train the runs of a file, skipping what is finished",
+        description="Trains the runs of a TOML file, one after the other. Finished ones are skipped, interrupted ones go on.",
+    )
+    parser.add_argument("file", metavar="FILE", help="see experiments/ for examples")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the runs; runs/<FILE's name> where left out"
+    )
+    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--quiet", dest="progress", action="store_false", help="no progress bars")
+    parser.set_defaults(command=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    planned = sweep.read(arguments.file)
+    folder = Path(arguments.out or Path("runs") / Path(arguments.file).stem)
+    if arguments.list:
+        print(_table([(run.name, sweep.state(run, folder)) for run in planned]))
+        return 0
+    failed = sweep.sweep(planned, folder, arguments.progress, lambda line: print(line, flush=True))
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
+    print(f"all {len(planned)} runs are finished: bnfast report {folder}")
+    return 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="render runs as one page, beside the paper's figures",
+        description="Renders all finished runs under a folder as one self-contained HTML page and PNG plots.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="a run, or a folder of runs")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where the page goes; DIR/report where left out"
+    )
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from bnfast import report
+
+    folder = Path(arguments.folder)
+    print(report.write(folder, Path(arguments.output or folder / "report")))
     return 0
 
 
@@ -127,7 +190,10 @@ def _summary(result: TrainResult) -> str:
             "model",
             f"{config.model}, training {config.config!r} on {config.data}, seed {config.seed}",
         ),
-        ("test accuracy", f"{result.test_accuracy:.2%}"),
+        (
+            "test accuracy",
+            f"{result.test_accuracy:.2%}, top-5 {result.history[-1].test_top5:.2%}",
+        ),
         (
             "trainable parameters",
             f"{result.trainable_parameters:,} of {result.total_parameters:,} "
@@ -135,12 +201,19 @@ def _summary(result: TrainResult) -> str:
         ),
     ]
     compared = result.comparison
-    if compared is not None:
+    if compared is None:
+        rows.append(("step time", f"{result.step_ms:.2f} ms"))
+    else:
         rows.append(("", ""))
         rows.append(
-            ("beside it", "plain PyTorch, channels_last, same weights and batches, alternating")
+            (
+                "beside it",
+                f"plain PyTorch, {'channels_last' if config.channels_last else 'NCHW'}, "
+                "same weights and batches, alternating",
+            )
         )
-        rows.append(("test accuracy, plain", f"{compared.plain_test_accuracy:.2%}"))
+        if compared.plain_test_accuracy is not None:
+            rows.append(("test accuracy, plain", f"{compared.plain_test_accuracy:.2%}"))
         if compared.gradients_agree:
             rows.append(
                 (
@@ -151,23 +224,26 @@ def _summary(result: TrainResult) -> str:
             )
         else:
             rows.append(("step time", "not reported: the gradients differ from plain PyTorch's"))
-        rows += [
+        rows.append(
             (
                 "saved activations",
                 f"{_mebibytes(compared.saved_bytes)}, "
                 f"plain {_mebibytes(compared.plain_saved_bytes)}: "
                 f"{compared.saved_bytes_ratio:.2f}x the memory",
-            ),
-            (
-                "final training loss",
-                f"{compared.train_loss:.4f}, plain {compared.plain_train_loss:.4f}: "
-                f"difference {compared.loss_difference:+.4f}",
-            ),
-        ]
+            )
+        )
+        if compared.train_loss is not None:
+            rows.append(
+                (
+                    "final training loss",
+                    f"{compared.train_loss:.4f}, plain {compared.plain_train_loss:.4f}: "
+                    f"difference {compared.loss_difference:+.4f}",
+                )
+            )
     rows.append(("", ""))
     rows.append(("checkpoint", str(result.checkpoint)))
     rows.append(("metrics", str(result.metrics)))
-    if compared is not None:
+    if compared is not None and compared.plain_metrics is not None:
         rows.append(("metrics, plain", str(compared.plain_metrics)))
     return _table(rows)
 
@@ -195,23 +271,9 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     import bnfast
 
-    report = bnfast.explain(bnfast.convert(_named_model(arguments.model), inplace=True))
+    report = bnfast.explain(bnfast.convert(models.create(arguments.model), inplace=True))
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0
-
-
-def _named_model(name: str) -> nn.Module:
-    try:
-        return models.create(name)
-    except ValueError as error:
-        unknown = f"{error}, and any classification model of torchvision"
-    try:
-        import torchvision
-    except ImportError as error:
-        raise ValueError(f"{unknown}, once torchvision is installed") from error
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(unknown)
-    return torchvision.models.get_model(name, weights=None)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -235,6 +297,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "torchvision": _version("torchvision") or "not installed",
         "scikit-learn": _version("scikit-learn") or "not installed",
+        "matplotlib": _version("matplotlib") or "not installed",
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cpu threads": str(torch.get_num_threads()),
@@ -258,6 +321,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         missing.append("torchvision, for the ImageNet networks: pip install torchvision")
     if _version("scikit-learn") is None:
         missing.append("scikit-learn, for the data set digits: pip install scikit-learn")
+    if _version("matplotlib") is None:
+        missing.append("matplotlib, for bnfast report: pip install matplotlib")
     if arguments.json:
         print(json.dumps(facts | {"backends": backends, "missing": missing}, indent=2))
         return 0

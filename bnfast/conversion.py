@@ -183,7 +183,7 @@ def _entry_of(name: str, kind: str, module: nn.Module, paths: dict[str, nn.Modul
             )
         reason = findings.left.get(inside) or findings.reason or reason
     if not is_norm(module):
-        reason = f"{kind} is not an exact nn.BatchNorm1d, 2d or 3d, or a supported BatchNormAct2d"
+        reason = f"{kind} is not an exact nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm, or a supported BatchNormAct2d"
     return Entry(
         name, kind, None, None, reason or "no block's forward calls it in a way that is known"
     )

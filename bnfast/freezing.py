@@ -25,6 +25,8 @@ CONFIGURATIONS = (
     "output",
     "none",
     "all-but-bn",
+    "gamma",
+    "beta",
 )
 
 _AFFINE = "BatchNorm with gamma and beta"
@@ -45,10 +47,13 @@ def freeze(model: nn.Module, train: str = "bn") -> nn.Module:
     "output"                the output layer
     "none"                  nothing
     "all-but-bn"            everything except gamma and beta
+    "gamma"                 the gammas alone
+    "beta"                  the betas alone
     ======================  ==================================================================
 
     Running statistics are no parameters: they keep following the data in training mode in every
-    configuration. See :func:`affine_parameters`, :func:`output_layers` and
+    configuration (:func:`freeze_statistics` stops them). Single weights of convolutions train through
+    :func:`bnfast.random_weights.train_random_weights`. See :func:`affine_parameters`, :func:`output_layers` and
     :func:`shortcut_convolutions` for what counts as which part.
 
     Raises ValueError, before anything is changed, for an unknown configuration and for a part that
@@ -65,6 +70,10 @@ def freeze(model: nn.Module, train: str = "bn") -> nn.Module:
     parts = train.split("+")
     if "bn" in parts:
         trained |= {id(p) for p in _required(affine_parameters(model), _AFFINE, train)}
+    for part, name in (("gamma", "weight"), ("beta", "bias")):
+        if part in parts:
+            found = _batchnorm_parameters(model, (name,))
+            trained |= {id(p) for p in _required(found, f"BatchNorm with {part}", train)}
     if "output" in parts:
         layers = _required(output_layers(model), "Linear or convolution as output layer", train)
         trained |= {id(p) for layer in layers for p in layer.parameters()}
@@ -92,13 +101,36 @@ def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
     BatchNormAct2d). A BatchNorm with affine=False has none. Never raises; the list is empty for a
     model without BatchNorm.
     """
+    return _batchnorm_parameters(model, ("weight", "bias"))
+
+
+def _batchnorm_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            for parameter in (module.weight, module.bias):
+            for name in names:
+                parameter = getattr(module, name)
                 if parameter is not None:
                     parameters.setdefault(id(parameter), parameter)
     return list(parameters.values())
+
+
+def freeze_statistics(model: nn.Module) -> nn.Module:
+    """Puts every BatchNorm into evaluation mode, in place, and returns the model: running statistics normalise
+    and no longer follow the data, while gamma and beta train as before.
+
+    ``model.train()`` undoes it, so call it after each ``model.train()``.
+
+    Raises ValueError, before anything is changed, for a BatchNorm without running statistics, which takes
+    those of the batch in either mode.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    for name, norm in norms.items():
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError(f"the BatchNorm {name!r} has no running statistics to freeze")
+    for norm in norms.values():
+        norm.eval()
+    return model
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:
@@ -163,6 +195,36 @@ class _BlockTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+def normalised_convolutions(model: nn.Module) -> list[nn.Module]:
+    """The convolutions whose output goes straight into a BatchNorm, in definition order.
+
+    Found by structure: each block is traced alone, its children being opaque, and a convolution and a
+    BatchNorm that are both its children belong together where one call feeds the other. Blocks that cannot
+    be traced hold none as far as this function sees. Nothing is run or changed.
+    """
+    found: set[int] = set()
+    for block in model.modules():
+        if any(isinstance(child, _BatchNorm) for child in block.children()):
+            try:
+                graph = _BlockTracer().trace(block)
+            except Exception:
+                # As in _bypass_convolutions.
+                continue
+            for node in graph.nodes:
+                if _called(block, node, _BatchNorm) and node.all_input_nodes:
+                    conv = _called(block, node.all_input_nodes[0], _ConvNd)
+                    found.update([id(conv)] if conv is not None else [])
+    return [module for module in model.modules() if id(module) in found]
+
+
+def _called(block: nn.Module, node: fx.Node, kind: type) -> nn.Module | None:
+    """The child that a node calls, if it is of that kind."""
+    if node.op != "call_module":
+        return None
+    module = block.get_submodule(node.target)
+    return module if isinstance(module, kind) else None
 
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)

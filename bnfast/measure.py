@@ -1,11 +1,16 @@
-"""Measurements of a model: bytes that autograd keeps for the backward pass, and agreement with the
-plain model.
+"""Measurements of a model: bytes that autograd keeps for the backward pass, agreement with the
+plain model, times of steps; and of the machine.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -52,6 +57,81 @@ def saved_activation_bytes(model: nn.Module, x: Tensor) -> int:
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
     return sum(saved.values())
+
+
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, lr: float
+) -> Callable[[], None]:
+    """A function that does one training step (SGD with momentum on the mean cross-entropy) of a model on one batch.
+
+    The model is put into training mode and changes with every call.
+    """
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = trained and torch.optim.SGD(trained, lr=lr, momentum=0.9)
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), labels)
+        if optimizer:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def interleaved_ms(
+    steps: Sequence[Callable[[], None]], rounds: int, warmup: int = 2
+) -> list[float]:
+    """The median time of each function in milliseconds, over `rounds` rounds in which each runs once, in alternating
+    order, after `warmup` rounds that do not count.
+    """
+    times: list[list[float]] = [[] for _ in steps]
+    for number in range(warmup + rounds):
+        order = range(len(steps)) if number % 2 == 0 else reversed(range(len(steps)))
+        for index in order:
+            start = time.perf_counter()
+            steps[index]()
+            if number >= warmup:
+                times[index].append(1000 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
+
+
+def peak_bytes(device: str) -> int | None:
+    """The most memory that this process (on a GPU: PyTorch's allocator) has held so far; None where the system does not
+    say.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Not getrusage: on Linux its figure is at least what the parent process held at the fork.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+def machine(device: str) -> str:
+    """What a time was measured on: processor (and GPU), instruction set, threads."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        pass  # not Linux on x86: the platform's own word
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    text = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    return f"{torch.cuda.get_device_name()}; {text}" if device.startswith("cuda") else text
 
 
 class Agreement(NamedTuple):

@@ -1,15 +1,19 @@
 """The paper's networks (arXiv 2003.00152) in plain PyTorch: CIFAR ResNets, wide ResNets and VGGs,
-ImageNet ResNets.
+ImageNet ResNets; and any classification network of torchvision or timm by its name.
 
 Nothing here knows of bnfast's modules: ``bnfast.convert`` takes these models as it takes any other.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import re
 from typing import NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,7 +38,8 @@ ALLOWED_NAMES = (
     "resnet434, resnet866, ...), "
     "wrn<6n+2>_<k> (the same, k times as wide: wrn14_4, ...), "
     "resnet18, resnet34, resnet50, resnet101, resnet152, resnet200 (ImageNet), "
-    "vgg11, vgg13, vgg16, vgg19 (CIFAR)"
+    "vgg11, vgg13, vgg16, vgg19 (CIFAR), or a classification network of torchvision or timm "
+    "(torchvision:vgg16 where the name alone means another)"
 )
 
 GAMMA_CHOICES = ("uniform", "ones", "symmetric")
@@ -142,38 +147,121 @@ class CifarVGG(nn.Module):
 
 
 def _imagenet_resnet(depth: int, num_classes: int, in_channels: int) -> nn.Module:
-    from torchvision.models import resnet
-
+    try:
+        from torchvision.models import resnet
+    except ImportError as error:
+        raise ValueError(
+            f"resnet{depth} is torchvision's, which is not installed: pip install torchvision"
+        ) from error
     block, plan = _IMAGENET_PLANS[depth]
     model = resnet.ResNet(getattr(resnet, block), list(plan), num_classes=num_classes)
-    if in_channels != 3:
-        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-    return model
+    return _with_in_channels(model, in_channels)
 
 
 def create(name: str, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """Builds a network of the paper and initialises it as the paper does (see :func:`initialize`).
+    """Builds a network and initialises it as the paper does (see :func:`initialize`).
 
     name: ``resnet<6n+2>`` (CIFAR ResNet; 50, 152 and 200 name the ImageNet networks),
     ``wrn<6n+2>_<k>`` (the CIFAR ResNet with k times the width), ``resnet18|34|50|101|152|200``
-    (ImageNet ResNet, torchvision's class), ``vgg11|13|16|19`` (CIFAR VGG with BatchNorm). The model
-    takes x [N, in_channels, H, W] and returns logits [N, num_classes].
+    (ImageNet ResNet, torchvision's class), ``vgg11|13|16|19`` (CIFAR VGG with BatchNorm), or a
+    classification network of torchvision or timm. Where a name stands for several, the first in this
+    order is meant; ``torchvision:<name>`` and ``timm:<name>`` say which. The model takes
+    x [N, in_channels, H, W] and returns logits [N, num_classes].
 
     The weights come from torch's global generator, on the default device (``torch.device("meta")``
-    works for counting).
+    works for counting the paper's networks).
 
-    Raises ValueError for an unknown name and for counts below 1.
+    Raises ValueError for an unknown name, for counts below 1, and for a network that cannot have them.
     """
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
     model = _build(name, num_classes, in_channels)
     initialize(model)
     return model
 
 
+def create_pretrained(
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Builds a network with trained weights, which are no random features: those of a file, or (None) those that
+    torchvision or timm offer for the name and download once.
+
+    weights: a state_dict, written by torch.save or in safetensors. Where the output layer has another number of
+    classes, a new one is made as :func:`initialize` makes them. name, num_classes and in_channels: see :func:`create`.
+
+    Raises ValueError for a name without pretrained weights and a file that does not fit, OSError where
+    it cannot be read or downloaded.
+    """
+    model = create(name, num_classes, in_channels)
+    state = _offered_weights(name) if weights is None else _read_weights(weights)
+    output = {
+        f"{n}.{p}"
+        for n, m in model.named_modules()
+        if m in output_layers(model)
+        for p in ("weight", "bias")
+    }
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k not in output or v.shape == own[k].shape}
+    try:
+        missing, unexpected = model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit {name!r}: {error}") from error
+    problems = [key for key in missing if key not in output] + unexpected
+    if problems:
+        raise ValueError(
+            f"the weights do not fit {name!r}: missing or unknown are {', '.join(problems[:3])}"
+        )
+    return model
+
+
+def _read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    with open(path, "rb"):
+        pass  # safetensors and torch report the system's errors as their own
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError:
+        pass
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises whatever its archive reader and unpickler do.
+        raise ValueError(f"{os.fspath(path)!r} (weights) is no file of tensors: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{os.fspath(path)!r} (weights) holds no state_dict")
+    return state
+
+
+def _offered_weights(name: str) -> dict[str, Tensor]:
+    library, _, short = name.rpartition(":")
+    if library != "timm":
+        import torchvision
+
+        if short in torchvision.models.list_models(module=torchvision.models):
+            enum = torchvision.models.get_model_weights(short)
+            if len(enum) and (library or not _is_cifar_name(short)):
+                return enum.DEFAULT.get_state_dict(progress=False)
+    if library != "torchvision" and _timm_knows(short):
+        import timm
+
+        if timm.is_model_pretrained(short):
+            return timm.create_model(short, pretrained=True).state_dict()
+    raise ValueError(f"there are no pretrained weights for {name!r}: give the file of your own")
+
+
+_PAPER_NAME = re.compile(r"(resnet|wrn|vgg)([1-9]\d*)(?:_([1-9]\d*))?")
+
+
+def _is_cifar_name(name: str) -> bool:
+    match = _PAPER_NAME.fullmatch(name)
+    return match is not None and not (match[1] == "resnet" and int(match[2]) in _IMAGENET_PLANS)
+
+
 def _build(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    match = re.fullmatch(r"(resnet|wrn|vgg)([1-9]\d*)(?:_([1-9]\d*))?", name)
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, not {value}")
+    match = _PAPER_NAME.fullmatch(name)
     if match is not None:
         family, depth = match[1], int(match[2])
         width = int(match[3]) if match[3] else None
@@ -186,7 +274,53 @@ def _build(name: str, num_classes: int, in_channels: int) -> nn.Module:
             return CifarResNet(depth, 1, num_classes, in_channels)
         if family == "wrn" and is_cifar_depth and width is not None:
             return CifarResNet(depth, width, num_classes, in_channels)
-    raise ValueError(f"unknown model {name!r}; allowed are: {ALLOWED_NAMES}")
+    library, _, short = name.rpartition(":")
+    if library in ("", "torchvision") and importlib.util.find_spec("torchvision") is not None:
+        import torchvision
+
+        if short in torchvision.models.list_models(module=torchvision.models):
+            # Auxiliary heads would change what the model returns in training.
+            more = {"aux_logits": False, "init_weights": False} if short in _AUXILIARY else {}
+            model = torchvision.models.get_model(
+                short, weights=None, num_classes=num_classes, **more
+            )
+            return _with_in_channels(model, in_channels)
+    if library in ("", "timm") and _timm_knows(short):
+        import timm
+
+        return timm.create_model(short, num_classes=num_classes, in_chans=in_channels)
+    absent = [p for p in ("torchvision", "timm") if importlib.util.find_spec(p) is None]
+    hint = f" ({' and '.join(absent)} not installed)" if absent else ""
+    raise ValueError(f"unknown model {name!r}; allowed are: {ALLOWED_NAMES}{hint}")
+
+
+_AUXILIARY = ("googlenet", "inception_v3")
+
+
+def _timm_knows(name: str) -> bool:
+    if importlib.util.find_spec("timm") is None:
+        return False
+    import timm
+
+    return timm.is_model(name)
+
+
+def _with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
+    """The model with its first convolution made for images of in_channels."""
+    if in_channels == 3:
+        return model
+    name, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    conv = nn.Conv2d(
+        in_channels,
+        first.out_channels,
+        first.kernel_size,
+        first.stride,
+        first.padding,
+        first.dilation,
+        bias=first.bias is not None,
+    )
+    model.set_submodule(name, conv)
+    return model
 
 
 def initialize(
@@ -196,8 +330,8 @@ def initialize(
     features: str = "kaiming_normal",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Draws every parameter of the model anew, in place, as in the paper's experiments, and returns
-    the model.
+    """Draws the parameters of convolutions, Linears and BatchNorms anew, in place, as in the paper's
+    experiments, and returns the model.
 
     gamma: "uniform" (U[0, 1), the paper), "ones", or "symmetric" (U[-1, 1)). beta: one constant for
     every BatchNorm (the paper: 0). features, the weights of convolutions and Linears:
@@ -227,12 +361,29 @@ def initialize(
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
+    return initialize_affine(model, gamma, beta, generator)
+
+
+def initialize_affine(
+    model: nn.Module,
+    gamma: str | None = "uniform",
+    beta: float | None = 0.0,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """The part of :func:`initialize` that draws gammas and sets betas; None leaves them as they are."""
+    if gamma not in (None, *GAMMA_CHOICES):
+        raise ValueError(f"gamma must be one of {', '.join(GAMMA_CHOICES)}, not {gamma!r}")
+    if beta is not None and not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, not {beta}")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
                 if module.weight is not None and gamma == "ones":
                     nn.init.ones_(module.weight)
-                elif module.weight is not None:
+                elif module.weight is not None and gamma is not None:
                     low = 0.0 if gamma == "uniform" else -1.0
                     nn.init.uniform_(module.weight, low, 1.0, generator=generator)
-                if module.bias is not None:
+                if module.bias is not None and beta is not None:
                     nn.init.constant_(module.bias, beta)
     return model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import cross_rank, ops
 from .reference import ACTS, conv_output_size
 
 _ACT_FUNCTIONS = {
@@ -115,6 +115,16 @@ BatchNormAct1d = _batch_norm_act(nn.BatchNorm1d, "BatchNormAct1d")
 BatchNormAct2d = _batch_norm_act(nn.BatchNorm2d, "BatchNormAct2d")
 BatchNormAct3d = _batch_norm_act(nn.BatchNorm3d, "BatchNormAct3d")
 
+
+class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
+    """nn.SyncBatchNorm as part of units, and on the CPU too: batch statistics over all ranks of its process group.
+
+    No subclass of it: DistributedDataParallel refuses every nn.SyncBatchNorm on the CPU.
+    """
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
+
 # The drop-in class of each exact class; the way back is `original_class`.
 FROZEN_CLASSES: dict[type, type] = {
     nn.Conv1d: FrozenConv1d,
@@ -125,6 +135,7 @@ NORM_CLASSES: dict[type, type] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
+    nn.SyncBatchNorm: SyncBatchNormAct,
 }
 ORIGINAL_CLASSES = {new: old for old, new in (FROZEN_CLASSES | NORM_CLASSES).items()}
 
@@ -375,6 +386,7 @@ def _norm_fields(bn: nn.Module, fields: dict[str, Any]) -> None:
         if training:
             tracked = bn.num_batches_tracked
     fields["num_batches_tracked"] = tracked
+    fields["group"] = cross_rank.group_of(bn)
     fields["momentum"] = 0.0 if bn.momentum is None and tracked is None else bn.momentum
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import cross_rank, dispatch
 from .reference import (
     ACTS,
     BIT_ACTS,
@@ -47,7 +47,8 @@ class Unit(NamedTuple):
     weight [C, J / groups, *] or [C, J] (linear), None without a convolution; neither weight nor bias may need a gradient.
     gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
     are used. normalize says whether there is a BatchNorm at all; use_batch_statistics is BatchNorm's training mode.
-    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`.
+    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`. group: a process group of
+    torch.distributed over which batch statistics are taken.
 
     source and residual_source say whose output is the input and the residual, by its place in the chain; -1 is the chain's
     input. Without source it is the unit before; with residual_source there is no residual beside it.
@@ -72,6 +73,7 @@ class Unit(NamedTuple):
     act: str = "identity"
     negative_slope: float = 0.01
     squeeze: SqueezeExcite | None = None
+    group: Any = None
     source: int | None = None
     residual_source: int | None = None
 
@@ -95,13 +97,19 @@ class _Spec(NamedTuple):
     act: str
     slope: float
     squeeze: tuple[str, str] | None  # act, gate
+    group: Any
     source: int
     residual_source: int | None
 
     @property
+    def has_own_statistics(self) -> bool:
+        """Whether it normalises by the statistics of this process' batch."""
+        return self.normalize and self.use_batch_statistics and self.group is None
+
+    @property
     def is_fusable(self) -> bool:
         """Whether the phases before and behind its convolution can join it."""
-        return self.normalize and self.use_batch_statistics and self.squeeze is None
+        return self.has_own_statistics and self.squeeze is None
 
 
 def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") -> Tensor:
@@ -159,6 +167,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
                 unit.act,
                 unit.negative_slope,
                 None if unit.squeeze is None else unit.squeeze[4:],
+                unit.group,
                 i - 1 if unit.source is None else unit.source,
                 unit.residual_source,
             )
@@ -241,6 +250,7 @@ class _Chain(torch.autograd.Function):
         saved = []
         saved_squeeze = []
         input_sizes = []
+        shares = []
         squeezes = iter(range(8 * len(specs), len(tensors), 4))
         readers = _readers(specs)
         outputs = [None] * len(specs) + [x]  # the last one is -1's
@@ -262,14 +272,20 @@ class _Chain(torch.autograd.Function):
                 x, hidden, gate = phases.se_fwd(x, *tensors[at : at + 4], *spec.squeeze)
                 kept = None if spec.source in recomputable else given
                 saved_squeeze += (tensors[at], tensors[at + 2], hidden, gate, kept)
-            mean = rstd = bits = None
+            mean = rstd = bits = share = None
             act, slope = spec.act, spec.slope
             want_bits = saves and residual is not None and act in BIT_ACTS
             conv = (weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
             if spec.normalize and spec.use_batch_statistics:
                 stats = (running_mean, running_var, tracked, spec.momentum, spec.eps)
                 affine = (gamma, beta, residual, act, slope, want_bits)
-                if weight is None:
+                if spec.group is not None:
+                    z = x if weight is None else phases.conv_forward(x, *conv)
+                    mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, *stats[3:])
+                    count = math.prod(z.shape[:1] + z.shape[2:])
+                    mean, rstd, share = cross_rank.merged(count, mean, m2, *stats, spec.group)
+                    y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
+                elif weight is None:
                     _check_count(x.shape)
                     z = x
                     mean, rstd, y, bits = phases.bn_fwd_reduce_apply(z, *stats, *affine)
@@ -320,9 +336,11 @@ class _Chain(torch.autograd.Function):
             if spec.normalize and residual is None:
                 recomputable.add(i)
             saved += (weight, gamma, beta, z if spec.normalize else None, mean, rstd, bits, hidden)
+            shares.append(share)
         if saves:
             ctx.save_for_backward(*saved, *saved_squeeze)
-            ctx.specs, ctx.backend, ctx.input_sizes = specs, backend, input_sizes
+            ctx.specs, ctx.backend = specs, backend
+            ctx.input_sizes, ctx.shares = input_sizes, shares
         return y
 
     @staticmethod
@@ -354,6 +372,7 @@ class _Backward:
         self.phases = dispatch.module(ctx.backend)
         self.specs = ctx.specs
         self.input_sizes = ctx.input_sizes
+        self.shares = ctx.shares
         self.saved = list(ctx.saved_tensors)
         if not torch.compiler.is_compiling():
             # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
@@ -461,7 +480,7 @@ class _Backward:
         if k >= 0 and self.remaining[k] == 0:
             target = self.specs[k]
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
-            if target.normalize and target.use_batch_statistics and hidden is None and _is_last(z):
+            if target.has_own_statistics and hidden is None and _is_last(z):
                 below = Below(z, bits, mean, rstd, gamma, beta)
                 r = target.residual_source
                 if r is not None and self.takes_db(r, bits is not None or target.act == "identity"):
@@ -480,12 +499,7 @@ class _Backward:
         if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:
             return False
         spec = self.specs[r]
-        return (
-            spec.act == "identity"
-            and spec.normalize
-            and spec.use_batch_statistics
-            and _is_last(self.state(r)[3])
-        )
+        return spec.act == "identity" and spec.has_own_statistics and _is_last(self.state(r)[3])
 
     def alone(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
         """(sums, dresidual, dx) by the unit's own phases."""
@@ -496,7 +510,8 @@ class _Backward:
         last = (act, spec.slope, want)
         over_dy = may_overwrite and dy.stride() == z.stride()
         dresidual = None
-        if spec.use_batch_statistics and needs_input and sums is None:
+        share = self.shares[i]
+        if spec.use_batch_statistics and needs_input and sums is None and share is None:
             if weight is not None:
                 *sums, dx, dresidual = phases.bn_bwd_reduce_apply_dgrad(
                     *state, *last, may_overwrite, *conv
@@ -511,6 +526,9 @@ class _Backward:
         if sums is None and (self.needs[8 * i + _GAMMA] or self.needs[8 * i + _BETA]):
             sums = phases.bn_bwd_reduce(*state, act, spec.slope)
         if needs_input or want:
+            if share is not None:
+                sums = sums or phases.bn_bwd_reduce(*state, act, spec.slope)
+                means = cross_rank.summed(*sums, share, spec.group)
             if over_dy:
                 dresidual = phases.bn_bwd_apply_(*state, *means, *last)
             else:

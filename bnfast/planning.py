@@ -5,6 +5,7 @@ addition and an activation behind. Units of which one reads nothing but the othe
 the place of its last operation, so it stops where something in between could write to what it reads.
 """
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Iterable
@@ -784,6 +785,7 @@ class _Builder:
         """
         own = {node for unit in units for node in unit.nodes()}
 
+        @functools.cache  # asked for every pair of a write and a node
         def is_inside(node: fx.Node) -> bool:
             return node in own or self._is_layout_free(node)
 

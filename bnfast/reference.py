@@ -160,23 +160,41 @@ def bn_fwd_reduce(
 
     An empty batch gives mean 0, M2 0 and leaves the running statistics as they were; num_batches_tracked counts it.
     """
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     dims = [0, *range(2, z.dim())]
     count = z.numel() // z.shape[1] if z.shape[1] else 0
     acc = z.to(accumulator(z.dtype))
     if count == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         mean = acc.new_zeros(z.shape[1])
         return mean, mean.clone(), rstd_of(mean, eps)
     mean = acc.mean(dims)
     m2 = (acc - per_channel(mean, z)).square().sum(dims)
+    update_running_statistics(
+        running_mean, running_var, num_batches_tracked, momentum, mean, m2, count
+    )
+    return mean, m2, rstd_of(m2 / count, eps)
+
+
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    m2: Tensor,
+    count: int | Tensor,
+) -> None:
+    """Equation (4), in place, for a batch of `count` values per channel (M); counts the batch."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     factor = momentum
     if momentum is None and num_batches_tracked is not None:
         factor = 1.0 / num_batches_tracked.double()
-    for running, batch in ((running_mean, mean), (running_var, m2 / max(count - 1, 1))):
+    degrees = count.sub(1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
+    for running, batch in ((running_mean, mean), (running_var, m2 / degrees)):
         if running is not None:
             running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
-    return mean, m2, rstd_of(m2 / count, eps)
 
 
 def bn_fwd_apply(

@@ -1,136 +1,67 @@
-"""The paper's training recipe (arXiv 2003.00152), with the same training in plain PyTorch beside it
-on request.
+"""A training run by the paper's recipe (arXiv 2003.00152) from its options to its files, with the same training in plain
+PyTorch beside it on request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import itertools
 import json
 import math
 import os
-import statistics
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+import torch.distributed as dist
+from torch import nn
 
-from bnfast import data, models
-from bnfast.affine import AffineFileError, load_affine, read_metadata, save_affine
+from bnfast import analysis, checkpoints, distributed, measure, models
+from bnfast.affine import AffineFileError, load_affine, read_metadata, save_affine, write_atomically
+from bnfast.data import Data, Place, load, mixed_seed, shuffled, spec
 from bnfast.freezing import affine_parameters, freeze, frozen_digest
-from bnfast.measure import gradient_agreement, saved_activation_bytes
+from bnfast.loop import Epoch, EvaluationBatches, Run, TrainingError, autocast, train_runs
+from bnfast.random_weights import train_random_weights
+from bnfast.recipes import PRETRAINED, RANDOM_WEIGHTS, TrainConfig
 
-CHECKPOINT = "affine.safetensors"
+__all__ = ["Comparison", "Epoch", "TrainConfig", "TrainResult", "TrainingError", "rebuild", "train"]
+
+CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PLAIN_METRICS = "plain_metrics.jsonl"
+CHECKPOINT = "affine.safetensors"
+ANALYSIS = "analysis.json"
+RESULT = "result.json"
+_FILES = (CONFIG, METRICS, PLAIN_METRICS, CHECKPOINT, ANALYSIS, RESULT)
 
-# The first steps pack weights and fill caches; they are no part of the time of a step.
-_WARM_UP_STEPS = 3
 _AGREEMENT_SAMPLES = 16
-_TEST_BATCH = 256
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a training run depends on.
-
-    config is a configuration of :func:`bnfast.freeze`. epochs, batch_size and lr are the data set's
-    preset where None. init_gamma, init_beta and features go to :func:`bnfast.models.initialize`.
-    load: a checkpoint of an earlier run with the same features to start from. out: the folder of
-    the run (None: a new one under runs/); overwrite: replace the run in it. compare: train the
-    plain PyTorch model too. backend goes to :func:`bnfast.convert`, device is "cpu" or "cuda".
-    """
-
-    model: str = "resnet14"
-    data: str = "digits"
-    config: str = "bn"
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    seed: int = 0
-    init_gamma: str = "uniform"
-    init_beta: float = 0.0
-    features: str = "kaiming_normal"
-    load: str | os.PathLike[str] | None = None
-    data_dir: str | os.PathLike[str] | None = None
-    out: str | os.PathLike[str] | None = None
-    overwrite: bool = False
-    compare: bool = True
-    backend: str = "auto"
-    device: str = "cpu"
-    progress: bool = True
-
-    def resolved(self) -> TrainConfig:
-        """This configuration with the data set's preset filled in. Raises ValueError for any value
-        that is not allowed.
-        """
-        preset = data.spec(self.data)
-        config = replace(
-            self,
-            epochs=preset.epochs if self.epochs is None else self.epochs,
-            batch_size=preset.batch_size if self.batch_size is None else self.batch_size,
-            lr=preset.lr if self.lr is None else self.lr,
-        )
-        for name in ("epochs", "batch_size"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-        for name in ("lr", "momentum", "weight_decay"):
-            value = getattr(config, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number and not negative, not {value}")
-        if not 0 <= config.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {config.seed}")
-        if config.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' was asked for, and torch sees no GPU here")
-        if config.device == "cuda" and config.backend == "cpu":
-            raise ValueError("backend 'cpu' cannot train on device 'cuda'")
-        return config
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of a metrics file. Losses are means over the epoch's samples, accuracies fractions,
-    seconds those of the training steps alone.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_accuracy: float
-    seconds: float
-    lr: float
+_COMPARED_STEPS = 7
+_ANALYSED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """bnfast beside plain PyTorch (channels_last): same initialisation, same batches, alternating
-    steps in one process.
+    """bnfast beside plain PyTorch: same initialisation, same batches, alternating steps in one process.
 
     Times are medians over the steps, in milliseconds; saved bytes are those of
     :func:`saved_activation_bytes` for one batch. gradients_agree: whether the gradients on the
-    first samples were as near to float64 as plain PyTorch's.
+    first samples were as near to float64 as plain PyTorch's. What follows is None unless the plain
+    model was trained for the whole run (compare "run").
     """
 
     step_ms: float
     plain_step_ms: float
     saved_bytes: int
     plain_saved_bytes: int
-    train_loss: float
-    plain_train_loss: float
-    plain_test_accuracy: float
     gradients_agree: bool
-    plain_metrics: Path
+    train_loss: float | None = None
+    plain_train_loss: float | None = None
+    plain_test_accuracy: float | None = None
+    plain_metrics: Path | None = None
 
     @property
     def step_time_ratio(self) -> float:
@@ -145,15 +76,17 @@ class Comparison:
         return self.saved_bytes / self.plain_saved_bytes if self.plain_saved_bytes else math.nan
 
     @property
-    def loss_difference(self) -> float:
+    def loss_difference(self) -> float | None:
         """bnfast's training loss in the last epoch minus plain PyTorch's."""
-        return self.train_loss - self.plain_train_loss
+        return None if self.train_loss is None else self.train_loss - self.plain_train_loss
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with. history has one entry per epoch; model is the trained, converted
-    model.
+    """What a run ended with. history has one entry per epoch; model is the trained model, converted unless the
+    configuration says otherwise. wall_seconds: from the first step to the last, tests included; peak_bytes: the most
+    memory that the process (on a GPU: PyTorch's allocator) held so far, None where the system does not say. step_ms: median of
+    the steps of this process, NaN where it did none.
     """
 
     model: nn.Module
@@ -161,8 +94,10 @@ class TrainResult:
     history: tuple[Epoch, ...]
     trainable_parameters: int
     total_parameters: int
-    checkpoint: Path
-    metrics: Path
+    step_ms: float
+    wall_seconds: float
+    peak_bytes: int | None
+    folder: Path
     comparison: Comparison | None
 
     @property
@@ -170,105 +105,219 @@ class TrainResult:
         """Fraction of the test split that is right after the last epoch, by running statistics."""
         return self.history[-1].test_accuracy
 
+    @property
+    def checkpoint(self) -> Path:
+        """The file of gammas, betas, statistics and whatever else trained."""
+        return self.folder / CHECKPOINT
 
-class TrainingError(RuntimeError):
-    """Training came to a state that it must not reach: a loss that is not finite, or a frozen
-    tensor that changed.
-    """
+    @property
+    def metrics(self) -> Path:
+        """The file with one line per epoch."""
+        return self.folder / METRICS
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains one of the paper's networks through bnfast.convert, and writes metrics and a
-    checkpoint.
+    """Trains a network by a recipe, and writes metrics, checkpoints and the result.
 
-    SGD with momentum on the mean cross-entropy, weight decay on everything that trains, the
-    learning rate divided by ten after one half and three quarters of the epochs (the paper: 80 and
-    120 of 160), no warm-up. BatchNorm takes batch statistics in training and running statistics on
-    the test split. The folder of the run gets metrics.jsonl (one line per epoch, see
-    :class:`Epoch`), plain_metrics.jsonl with compare=True, and at the end affine.safetensors, from
-    which :func:`rebuild` makes the model again. torch's global random state is left as it was.
+    SGD with momentum on the mean cross-entropy; BatchNorm takes batch statistics in training (unless statistics is
+    "running") and running statistics on the test split. Frozen parameters are hashed at the start and compared at the end.
+    The folder of the run gets config.json, metrics.jsonl (one line per epoch, see :class:`Epoch`), plain_metrics.jsonl with
+    compare "run", checkpoints/ while it trains, and at the end affine.safetensors, from which :func:`rebuild` makes the
+    model again, analysis.json (see :func:`bnfast.analysis.analyse`) and result.json. Under torchrun each rank takes its
+    part of every batch and rank 0 writes. torch's global random state is left as it was.
 
     Raises ValueError for a value that is not allowed, OSError (FileNotFoundError, FileExistsError,
     ...) for files and folders, both before training starts; TrainingError when the loss stops being
     finite or a frozen tensor changed.
     """
+    config = config.resolved()
+    _check_here(config)
+    with (
+        distributed.joined(config.device) as (device, rank),
+        torch.random.fork_rng(devices=[device] if device != "cpu" else []),
+    ):
+        place = Place(
+            device,
+            torch.channels_last if config.channels_last else torch.contiguous_format,
+            _workers(config),
+            rank,
+            distributed.ranks(),
+        )
+        if config.download and rank == 0:
+            load(config.data, config.data_dir, download=True)
+        distributed.wait(place)
+        data = load(config.data, config.data_dir, augmentation=config.augmentation)
+        return _train(config, place, data)
+
+
+def _check_here(config: TrainConfig) -> None:
+    """Refuses what this machine, or this number of ranks, does not have."""
     import bnfast
 
     if importlib.util.find_spec("tqdm") is None:
         raise ValueError("training needs tqdm, which is not installed: pip install 'bnfast[train]'")
-    config = config.resolved()
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "--tensorboard needs tensorboard, which is not installed: pip install 'bnfast[tensorboard]'"
+        )
     if config.backend != "auto":
         available = bnfast.backends()
         if available.get(config.backend) is not True:
             reason = available.get(config.backend, f"allowed are: auto, {', '.join(available)}")
             raise ValueError(f"backend {config.backend!r} is not available: {reason}")
-    train_set, test_set = data.load(config.data, config.data_dir)
-    preset = data.spec(config.data)
-    with torch.random.fork_rng(devices=[]):
-        plain = _build(
-            config.model,
-            preset.num_classes,
-            preset.in_channels,
-            config.seed,
-            config.init_gamma,
-            config.init_beta,
-            config.features,
-        )
-    freeze(plain, config.config)
+    if distributed.ranks() > 1 and config.compare != "none":
+        raise ValueError(f"compare {config.compare!r} works in one process, not under torchrun")
+
+
+def _workers(config: TrainConfig) -> int:
+    if not spec(config.data).in_files:
+        return 0
+    return (os.cpu_count() or 1) if config.workers is None else config.workers
+
+
+def _train(config: TrainConfig, place: Place, data: Data) -> TrainResult:
+    import bnfast
+
+    plain = _build(config, data.num_classes, data.in_channels)
+    total = sum(p.numel() for p in plain.parameters())
+    _choose(plain, config.config, config.seed)
+    trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     if config.load is not None:
         _check_same_features(config)
         load_affine(plain, config.load)
-    folder = _run_folder(config)
+    plain = plain.to(place.device, memory_format=place.memory_format)
+    if config.calibrate:
+        batches = shuffled(len(data.train), config.batch_size, mixed_seed(config.seed_order, 0))
+        whole = Place(place.device, place.memory_format, place.workers)
+        loader = data.train.batches(batches[: config.calibrate], whole)
+        torch.optim.swa_utils.update_bn(loader, plain)
+    if config.sync_bn:
+        plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    model = plain
+    if config.convert:
+        model = bnfast.convert(
+            copy.deepcopy(plain),
+            train="keep",
+            backend=config.backend,
+            memory_format=place.memory_format,
+        )
 
-    plain = plain.to(config.device, memory_format=torch.channels_last)
-    model = bnfast.convert(copy.deepcopy(plain), train=config.config, backend=config.backend)
-    run = _Run(model, config, folder / METRICS)
-    runs = [run]
-    if config.compare:
-        images, labels = next(_batches(train_set, config, epoch=0))
-        few = slice(_AGREEMENT_SAMPLES)
-        agreement = gradient_agreement(model, plain, images[few], labels[few])
-        saved_bytes = [saved_activation_bytes(m.train(), images) for m in (model, plain)]
-        plain_run = _Run(plain, config, folder / PLAIN_METRICS)
-        runs.append(plain_run)
-    _train_runs(runs, config, train_set, test_set)
+    with _run_folder(config, place) as folder:
+        writer = _writer(config, folder) if place.rank == 0 else None
+        run = Run(model, config, place, folder / METRICS, writer)
+        runs = [run]
+        compared = None
+        if config.compare != "none" and config.convert:
+            compared = _compare(model, plain, config, data, place)
+        if config.compare == "run":
+            runs.append(Run(plain, config, place, folder / PLAIN_METRICS))
+        wall = train_runs(runs, config, data, place, folder)
+        if config.compare == "run":
+            plain_run = runs[1]
+            compared |= {
+                "step_ms": run.median_step_ms(),
+                "plain_step_ms": plain_run.median_step_ms(),
+                "train_loss": run.history[-1].train_loss,
+                "plain_train_loss": plain_run.history[-1].train_loss,
+                "plain_test_accuracy": plain_run.history[-1].test_accuracy,
+                "plain_metrics": folder / PLAIN_METRICS,
+            }
+        result = TrainResult(
+            model=model,
+            config=config,
+            history=tuple(run.history),
+            trainable_parameters=trainable,
+            total_parameters=total,
+            step_ms=run.median_step_ms(),
+            wall_seconds=wall,
+            peak_bytes=measure.peak_bytes(place.device),
+            folder=folder,
+            comparison=None if compared is None else Comparison(**compared),
+        )
+        if place.rank == 0:
+            _finish(result, run, data, place)
+        distributed.wait(place)
+    return result
 
-    checkpoint = folder / CHECKPOINT
+
+def _compare(
+    model: nn.Module, plain: nn.Module, config: TrainConfig, data: Data, place: Place
+) -> dict[str, Any]:
+    """The fields of Comparison that are known before training; step times for compare "steps". Works on copies."""
+    order = shuffled(len(data.train), config.batch_size, mixed_seed(config.seed_order, 0))
+    images, labels = next(data.train.batches(order[:1], place))
+    few = slice(_AGREEMENT_SAMPLES)
+    agree = measure.gradient_agreement(model, plain, images[few], labels[few]).ok
+    sides = [copy.deepcopy(m).train() for m in (model, plain)]
+    times = [math.nan, math.nan]
+    with autocast(config):
+        saved = [measure.saved_activation_bytes(side, images) for side in sides]
+        if config.compare == "steps":
+            # Many steps on one batch: small ones, so that the numbers stay ordinary.
+            steps = [measure.training_step(s, images, labels, config.lr / 100) for s in sides]
+            times = measure.interleaved_ms(steps, _COMPARED_STEPS)
+    return {
+        "step_ms": times[0],
+        "plain_step_ms": times[1],
+        "saved_bytes": saved[0],
+        "plain_saved_bytes": saved[1],
+        "gradients_agree": agree,
+    }
+
+
+def _finish(result: TrainResult, run: Run, data: Data, place: Place) -> None:
+    """Writes what a finished run leaves behind; result.json is the last, and says that it is finished."""
+    folder, model, config = result.folder, result.model, result.config
     is_affine = {id(parameter) for parameter in affine_parameters(model)}
     save_affine(
         model,
-        checkpoint,
+        result.checkpoint,
         also=[n for n, p in model.named_parameters() if p.requires_grad and id(p) not in is_affine],
-        metadata=_metadata(config, run),
+        metadata=_metadata(config, run, data),
     )
-    comparison = None
-    if config.compare:
-        comparison = Comparison(
-            step_ms=run.median_step_ms(),
-            plain_step_ms=plain_run.median_step_ms(),
-            saved_bytes=saved_bytes[0],
-            plain_saved_bytes=saved_bytes[1],
-            train_loss=run.history[-1].train_loss,
-            plain_train_loss=plain_run.history[-1].train_loss,
-            plain_test_accuracy=plain_run.history[-1].test_accuracy,
-            gradients_agree=agreement.ok,
-            plain_metrics=folder / PLAIN_METRICS,
-        )
-    return TrainResult(
-        model=model,
-        config=config,
-        history=tuple(run.history),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        checkpoint=checkpoint,
-        metrics=folder / METRICS,
-        comparison=comparison,
-    )
+    if config.analyse:
+        alone = Place(place.device, place.memory_format, place.workers)
+        batches = EvaluationBatches(data.test, alone, _ANALYSED_IMAGES)
+        _write_json(folder / ANALYSIS, analysis.analyse(model, batches))
+    last = result.history[-1]
+    values: dict[str, Any] = {
+        "options": config.decides(),
+        "data_name": config.data,
+        "trainable_parameters": result.trainable_parameters,
+        "total_parameters": result.total_parameters,
+        "batchnorm_parameters": sum(p.numel() for p in affine_parameters(model)),
+        "train_loss": last.train_loss,
+        "train_accuracy": last.train_accuracy,
+        "test_accuracy": last.test_accuracy,
+        "test_top5": last.test_top5,
+        "training_seconds": sum(entry.seconds for entry in result.history),
+        "wall_seconds": result.wall_seconds,
+        "step_ms": None if math.isnan(result.step_ms) else result.step_ms,
+        "peak_bytes": result.peak_bytes,
+        "ranks": place.ranks,
+        "machine": measure.machine(config.device),
+        "torch": torch.__version__,
+    }
+    compared = result.comparison
+    if compared is not None:
+        values["comparison"] = {
+            field.name: getattr(compared, field.name)
+            for field in fields(compared)
+            if field.name != "plain_metrics" and getattr(compared, field.name) is not None
+        }
+    _write_json(folder / RESULT, values)
+    checkpoints.remove(folder)
 
 
-def rebuild(path: str | os.PathLike[str]) -> nn.Module:
+def _write_json(path: Path, values: Any) -> None:
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def rebuild(
+    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
+) -> nn.Module:
     """The plain PyTorch model of a checkpoint that :func:`train` wrote: frozen weights from its
-    seed, the rest from the file.
+    seed (or the file of pretrained ones that it was given), the rest from the file.
 
     Raises AffineFileError for a file that train did not write, or when this version of torch draws
     other weights from the seed than the one that trained (the file keeps a digest of them); OSError
@@ -276,17 +325,19 @@ def rebuild(path: str | os.PathLike[str]) -> nn.Module:
     """
     written = read_metadata(path)
     try:
+        gamma, beta = (written[key] for key in ("init_gamma", "init_beta"))
+        config = TrainConfig(
+            model=written["model"],
+            config=written["config"],
+            seed=int(written["seed"]),
+            features=written["features"],
+            weights=weights,
+            init_gamma=None if gamma == "None" else gamma,
+            init_beta=None if beta == "None" else float(beta),
+        )
         with torch.random.fork_rng(devices=[]):
-            model = _build(
-                written["model"],
-                int(written["num_classes"]),
-                int(written["in_channels"]),
-                int(written["seed"]),
-                written["init_gamma"],
-                float(written["init_beta"]),
-                written["features"],
-            )
-        freeze(model, written["config"])
+            model = _build(config, int(written["num_classes"]), int(written["in_channels"]))
+            _choose(model, config.config, config.seed)
         digest = written["frozen_digest"]
     except (KeyError, ValueError) as error:
         raise AffineFileError(
@@ -301,26 +352,29 @@ def rebuild(path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def learning_rate(lr: float, epoch: int, epochs: int) -> float:
-    """The rate in an epoch (from 0): lr, a tenth of it from epochs / 2 on, a hundredth from 3
-    epochs / 4 on.
-    """
-    return lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
+def _build(config: TrainConfig, num_classes: int, in_channels: int) -> nn.Module:
+    """The network as it is before training. What create() draws beyond convolutions, Linears and BatchNorms depends on
+    the seed too."""
+    torch.manual_seed(config.seed)
+    if config.features != PRETRAINED:
+        model = models.create(config.model, num_classes, in_channels)
+        generator = torch.Generator().manual_seed(config.seed)
+        gamma, beta = config.init_gamma, config.init_beta
+        return models.initialize(model, gamma, beta, config.features, generator)
+    model = models.create_pretrained(config.model, num_classes, in_channels, config.weights)
+    generator = torch.Generator().manual_seed(config.seed)
+    models.initialize_affine(model, config.init_gamma, config.init_beta, generator)
+    return model
 
 
-def _build(
-    name: str,
-    num_classes: int,
-    in_channels: int,
-    seed: int,
-    gamma: str,
-    beta: float,
-    features: str,
-) -> nn.Module:
-    model = models.create(name, num_classes, in_channels)
-    # Draws everything anew, so the weights depend on the seed alone and not on what create() drew.
-    generator = torch.Generator().manual_seed(seed)
-    return models.initialize(model, gamma, beta, features, generator)
+def _choose(model: nn.Module, name: str, seed: int) -> None:
+    """Makes trainable what a configuration names."""
+    match = RANDOM_WEIGHTS.fullmatch(name)
+    if match is None:
+        freeze(model, name)
+    else:
+        positions = torch.Generator().manual_seed(mixed_seed(seed, int(match[1])))
+        train_random_weights(model, int(match[1]), positions)
 
 
 def _check_same_features(config: TrainConfig) -> None:
@@ -334,9 +388,25 @@ def _check_same_features(config: TrainConfig) -> None:
             )
 
 
-def _run_folder(config: TrainConfig) -> Path:
+@contextlib.contextmanager
+def _run_folder(config: TrainConfig, place: Place) -> Iterator[Path]:
+    """The folder of the run, its own for as long as the context lasts, with config.json in it."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if place.rank == 0:
+            folder = _make_folder(config)
+            stack.enter_context(_locked(folder))
+            _prepare(folder, config)
+        if place.ranks > 1:
+            shared = [str(folder)]
+            dist.broadcast_object_list(shared, device=torch.device(place.device))
+            folder = Path(shared[0])
+        yield folder
+
+
+def _make_folder(config: TrainConfig) -> Path:
     if config.out is None:
-        name = f"{config.model}-{config.data}-{config.config}"
+        name = f"{config.model.replace(':', '-')}-{config.data}-{config.config}"
         for number in itertools.count(1):
             folder = Path("runs") / f"{name}-{number}"
             try:
@@ -347,165 +417,79 @@ def _run_folder(config: TrainConfig) -> Path:
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{str(folder)!r} (--out) is a file, not a folder")
-    earlier = [folder / name for name in (METRICS, PLAIN_METRICS, CHECKPOINT)]
-    earlier = [path for path in earlier if path.exists()]
-    if earlier and not config.overwrite:
-        raise FileExistsError(
-            f"{str(folder)!r} (--out) already holds a run ({earlier[0].name}): choose another "
-            f"folder, or --overwrite"
-        )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in earlier:
-        path.unlink()
     return folder
 
 
-def _metadata(config: TrainConfig, run: _Run) -> dict[str, str]:
-    preset = data.spec(config.data)
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that train out of a folder; the system lifts the lock of a process that dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileExistsError(f"another process trains in {str(folder)!r} (--out)") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder ready for a new run, or for the same run to go on."""
+    for name in _FILES:
+        for path in folder.glob(f".{name}.*.tmp"):  # of a process that died while it wrote
+            path.unlink()
+    earlier = [folder / name for name in _FILES if (folder / name).exists()]
+    if config.resume and earlier:
+        if (folder / RESULT).exists():
+            raise FileExistsError(f"the run in {str(folder)!r} is finished: nothing to resume")
+        if (folder / CONFIG).exists():
+            _check_same_options(folder, config)
+            return
+    if earlier and not config.overwrite:
+        raise FileExistsError(
+            f"{str(folder)!r} (--out) already holds a run ({earlier[0].name}): choose another "
+            f"folder, --resume or --overwrite"
+        )
+    for path in earlier:
+        path.unlink()
+    checkpoints.remove(folder)
+    _write_json(folder / CONFIG, config.saved())
+
+
+def _check_same_options(folder: Path, config: TrainConfig) -> None:
+    """Raises where a run that is to go on was begun with other options."""
+    begun = json.loads((folder / CONFIG).read_text())
+    for name, value in config.decides().items():
+        if begun.get(name) != value:
+            raise ValueError(
+                f"{name} is {value}; the run in {str(folder)!r} was begun with {begun.get(name)}"
+            )
+
+
+def _metadata(config: TrainConfig, run: Run, data: Data) -> dict[str, str]:
     kept = ("model", "data", "config", "seed", "init_gamma", "init_beta", "features", "epochs")
     kept += ("batch_size", "lr", "momentum", "weight_decay")
     return {key: str(getattr(config, key)) for key in kept} | {
-        "num_classes": str(preset.num_classes),
-        "in_channels": str(preset.in_channels),
+        "num_classes": str(data.num_classes),
+        "in_channels": str(data.in_channels),
         "test_accuracy": str(run.history[-1].test_accuracy),
         "frozen_digest": run.digest,
         "torch": torch.__version__,
     }
 
 
-def _batches(dataset: Dataset, config: TrainConfig, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches on the device, images channels_last; the order depends on seed and epoch
-    only.
-    """
-    order = torch.Generator().manual_seed((config.seed + 1_000_003 * (epoch + 1)) % 2**63)
-    for batch in DataLoader(dataset, config.batch_size, shuffle=True, generator=order):
-        yield _to_device(batch, config.device)
+def _writer(config: TrainConfig, folder: Path) -> Any:
+    """TensorBoard's writer of events, or None."""
+    if not config.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
 
-
-def _to_device(batch: list[Tensor], device: str) -> tuple[Tensor, Tensor]:
-    images, labels = batch
-    return images.to(device, memory_format=torch.channels_last), labels.to(device)
-
-
-class _Run:
-    """One model in training: its optimiser, its clock and its metrics file."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, metrics: Path) -> None:
-        self.model = model
-        self.config = config
-        self.metrics = metrics
-        self.history: list[Epoch] = []
-        self.digest = frozen_digest(model)
-        self.step_seconds: list[float] = []
-        trained = [p for p in model.parameters() if p.requires_grad]
-        # With configuration "none" nothing trains, and SGD refuses an empty list.
-        self.optimizer = trained and torch.optim.SGD(
-            trained,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self._reset()
-
-    def _reset(self) -> None:
-        self.samples = 0
-        self.correct = 0
-        self.loss_sum = 0.0
-        self.seconds = 0.0
-
-    def start_epoch(self, lr: float) -> None:
-        self._reset()
-        self.model.train()
-        self.lr = lr
-        if self.optimizer:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        start = self._now()
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
-        if self.optimizer:
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        elapsed = self._now() - start
-
-        loss_value = loss.item()
-        if not math.isfinite(loss_value):
-            raise TrainingError(
-                f"the training loss is {loss_value} in epoch {len(self.history) + 1}: "
-                f"try a smaller lr than {self.config.lr}"
-            )
-        self.step_seconds.append(elapsed)
-        self.seconds += elapsed
-        self.samples += len(labels)
-        self.correct += (logits.argmax(1) == labels).sum().item()
-        self.loss_sum += loss_value * len(labels)
-
-    def _now(self) -> float:
-        if self.config.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def end_epoch(self, test_set: Dataset) -> None:
-        entry = Epoch(
-            epoch=len(self.history) + 1,
-            train_loss=self.loss_sum / self.samples,
-            train_accuracy=self.correct / self.samples,
-            test_accuracy=_accuracy(self.model, test_set, self.config.device),
-            seconds=self.seconds,
-            lr=self.lr,
-        )
-        self.history.append(entry)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(entry)) + "\n")
-
-    def check_frozen(self) -> None:
-        if frozen_digest(self.model) != self.digest:
-            raise TrainingError("a frozen parameter changed during training")
-
-    def median_step_ms(self) -> float:
-        skipped = min(_WARM_UP_STEPS, len(self.step_seconds) - 1)
-        return 1000 * statistics.median(self.step_seconds[skipped:])
-
-
-def _train_runs(
-    runs: list[_Run], config: TrainConfig, train_set: Dataset, test_set: Dataset
-) -> None:
-    """Trains all runs side by side: every batch goes through each of them, in alternating order."""
-    from tqdm import tqdm
-
-    steps = config.epochs * math.ceil(len(train_set) / config.batch_size)
-    turn = itertools.cycle((runs, runs[::-1]))
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=steps, disable=not config.progress, mininterval=interval, unit="step", leave=False
-    ) as bar:
-        for epoch in range(config.epochs):
-            for run in runs:
-                run.start_epoch(learning_rate(config.lr, epoch, config.epochs))
-            for images, labels in _batches(train_set, config, epoch):
-                for run in next(turn):
-                    run.step(images, labels)
-                bar.update()
-            for run in runs:
-                run.end_epoch(test_set)
-            last = runs[0].history[-1]
-            bar.set_postfix_str(
-                f"epoch {last.epoch}/{config.epochs}, loss {last.train_loss:.3f}, "
-                f"test accuracy {last.test_accuracy:.1%}"
-            )
-    for run in runs:
-        run.check_frozen()
-
-
-def _accuracy(model: nn.Module, dataset: Dataset, device: str) -> float:
-    model.eval()
-    correct = 0
-    with torch.no_grad():
-        # Without a generator of its own the loader would advance torch's global one.
-        for batch in DataLoader(dataset, _TEST_BATCH, generator=torch.Generator()):
-            images, labels = _to_device(batch, device)
-            correct += (model(images).argmax(1) == labels).sum().item()
-    return correct / len(dataset)
+    return SummaryWriter(str(folder / "tensorboard"))

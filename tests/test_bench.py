@@ -230,3 +230,17 @@ def test_entries_are_plain_data():
         cases.step("resnet7")
     with pytest.raises(ValueError, match="dtype is 'f64'"):
         cases.step("resnet20", "f64")
+
+
+def test_a_deep_network_is_trained_beside_plain_pytorch():
+    pytest.importorskip("sklearn")
+    from bench import deep
+
+    torch.set_num_threads(1)
+    text = deep.run("resnet14", "digits", None, batch_size=32, steps=12)
+    assert text.startswith("# resnet14: 12 steps") and "15 BatchNorms, 1,120 of" in text
+    assert "convert() took" in text and text.count("\n| ") > 12
+    side = deep.Side(nn.Sequential(nn.BatchNorm2d(1)))
+    for losses, healthy in (([2.0, 1.0], True), ([1.0, 2.0], False), ([2.0, float("nan")], False)):
+        side.losses = losses
+        assert side.is_healthy() is healthy

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 import bnfast
-from bnfast import data
 from bnfast.affine import read_metadata, save_affine
 from bnfast.cli import main
 from bnfast.freezing import freeze, frozen_digest
 from bnfast.measure import Agreement, gradient_agreement, saved_activation_bytes
 from bnfast.models import create
-from bnfast.training import TrainConfig, learning_rate, rebuild, train
+from bnfast.training import TrainConfig, rebuild, train
 
 TINY = ["train", "--model", "resnet8", "--data", "fake", "--quiet"]
 
@@ -39,7 +38,7 @@ def refused(capsys, *arguments):
 
 
 def test_train_prints_a_summary_and_writes_a_run(tmp_path, capsys):
-    assert main([*TINY, "--epochs", "2", "--seed", "4"]) == 0
+    assert main([*TINY, "--epochs", "2", "--seed", "4", "--compare", "run"]) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "runs" / "resnet8-fake-bn-1"
     for wanted in (
@@ -60,6 +59,7 @@ def test_train_prints_a_summary_and_writes_a_run(tmp_path, capsys):
             "train_loss",
             "train_accuracy",
             "test_accuracy",
+            "test_top5",
             "seconds",
             "lr",
         }
@@ -70,7 +70,7 @@ def test_train_prints_a_summary_and_writes_a_run(tmp_path, capsys):
 
 def test_runs_get_folders_of_their_own(tmp_path):
     for _ in range(2):
-        assert main([*TINY, "--no-compare"]) == 0
+        assert main([*TINY]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
         "resnet8-fake-bn-1",
         "resnet8-fake-bn-2",
@@ -78,7 +78,7 @@ def test_runs_get_folders_of_their_own(tmp_path):
 
 
 def test_a_run_is_replaced_only_on_request(tmp_path, capsys):
-    arguments = [*TINY, "--no-compare", "--out", str(tmp_path / "run")]
+    arguments = [*TINY, "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -101,7 +101,7 @@ def test_out_that_is_a_file(tmp_path, capsys):
     [
         (["train", "--data", "mnist"], "--data"),
         (["train", "--model", "resnet15"], "unknown model 'resnet15'"),
-        (["train", "--config", "gamma"], "--config"),
+        (["train", "--config", "delta"], "--config"),
         (["train", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--batch-size", "-1"], "batch_size must be at least 1"),
@@ -115,10 +115,20 @@ def test_out_that_is_a_file(tmp_path, capsys):
         (["train", "--load", "nowhere.safetensors"], "nowhere.safetensors"),
         (["train", "--model", "vgg11", "--config", "shortcut+output"], "1x1 convolution"),
         (["train", "--speed", "fast"], "--speed"),
+        (["train", "--amp", "float16"], "amp 'float16' needs device 'cuda'"),
+        (["train", "--weights", "file"], "are no random features"),
+        (["train", "--resume"], "--out DIR"),
+        (["train", "--resume", "--overwrite", "--out", "x"], "exclude each other"),
+        (["train", "--no-convert", "--compare", "run"], "--no-convert"),
+        (["train", "--download"], "cannot be downloaded"),
+        (["train", "--data", "imagenet"], "--data-dir DIR"),
+        (["train", "--data", "cifar10", "--data-dir", "."], "cifar-10-batches-py"),
+        (["train", "--data", "fashion-mnist", "--data-dir", "."], "train-images-idx3-ubyte"),
+        (["train", "--config", "random28"], "has 9 weights"),
         (["explain"], "--model"),
         (["explain", "--model", "alexander"], "unknown model 'alexander'"),
         (["fly"], "fly"),
-        ([], "train | explain | doctor"),
+        ([], "train | sweep | report | explain | doctor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,7 +148,7 @@ def test_unreadable_and_foreign_checkpoints(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_1(capsys):
-    assert main([*TINY, "--no-compare", "--init-beta", "3e38", "--lr", "1"]) == 1
+    assert main([*TINY, "--init-beta", "3e38", "--lr", "1"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("bnfast: error: the training loss is")
     assert captured.err.count("\n") == 1
@@ -157,15 +167,15 @@ def test_speed_is_not_printed_when_the_gradients_differ(capsys, monkeypatch):
     def worse(*arguments):
         return SimpleNamespace(ok=False)
 
-    monkeypatch.setattr("bnfast.training.gradient_agreement", worse)
-    assert main(TINY) == 0
+    monkeypatch.setattr("bnfast.measure.gradient_agreement", worse)
+    assert main([*TINY, "--compare", "steps"]) == 0
     printed = capsys.readouterr().out
     assert "x as fast" not in printed and "not reported" in printed
 
 
 @pytest.mark.parametrize("config", ["bn", "bn+output", "all", "none"])
 def test_a_run_can_be_rebuilt_from_its_checkpoint(tmp_path, config):
-    options = TrainConfig("resnet8", "fake", config, compare=False, progress=False, seed=2)
+    options = TrainConfig("resnet8", "fake", config, progress=False, seed=2)
     result = train(options)
     model = rebuild(result.checkpoint)
     assert frozen_digest(model) == frozen_digest(result.model)
@@ -180,7 +190,7 @@ def test_rebuild_refuses_files_of_others(tmp_path):
 
 
 def test_rebuild_notices_other_frozen_weights():
-    result = train(TrainConfig("resnet8", "fake", compare=False, progress=False))
+    result = train(TrainConfig("resnet8", "fake", progress=False))
     changed = read_metadata(result.checkpoint) | {"seed": "1"}
     save_affine(result.model, "changed", metadata=changed)
     with pytest.raises(ValueError, match="draws other weights from seed 1"):
@@ -188,8 +198,8 @@ def test_rebuild_notices_other_frozen_weights():
 
 
 def test_training_goes_on_from_a_checkpoint():
-    first = train(TrainConfig("resnet8", "fake", compare=False, progress=False))
-    options = TrainConfig("resnet8", "fake", compare=False, progress=False, load=first.checkpoint)
+    first = train(TrainConfig("resnet8", "fake", progress=False))
+    options = TrainConfig("resnet8", "fake", progress=False, load=first.checkpoint)
     second = train(options)
     tracked = [result.model.state_dict()["bn.num_batches_tracked"] for result in (first, second)]
     assert [int(count) for count in tracked] == [2, 4]
@@ -197,7 +207,9 @@ def test_training_goes_on_from_a_checkpoint():
 
 def test_training_repeats_bit_for_bit_and_leaves_the_global_generator():
     before = torch.get_rng_state()
-    results = [train(TrainConfig("resnet8", "fake", progress=False)) for _ in range(2)]
+    results = [
+        train(TrainConfig("resnet8", "fake", progress=False, compare="run")) for _ in range(2)
+    ]
     assert torch.equal(before, torch.get_rng_state())
     first, second = (result.model.state_dict() for result in results)
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -205,7 +217,9 @@ def test_training_repeats_bit_for_bit_and_leaves_the_global_generator():
 
 
 def test_the_run_beside_it_has_the_same_start_and_stays_close():
-    compared = train(TrainConfig("resnet8", "fake", lr=0.01, progress=False)).comparison
+    compared = train(
+        TrainConfig("resnet8", "fake", lr=0.01, progress=False, compare="run")
+    ).comparison
     assert compared.gradients_agree
     assert abs(compared.loss_difference) < 1e-3
     assert compared.saved_bytes > 0 and compared.plain_saved_bytes > 0
@@ -234,23 +248,6 @@ def test_gradient_agreement_tells_a_wrong_model_from_a_right_one():
         wrong.segments[1][0].conv1.weight.mul_(1.1).add_(0.02)
     assert not gradient_agreement(wrong, plain, x, labels).ok
     assert not Agreement(float("nan"), 1e-6).ok
-
-
-def test_learning_rate_falls_after_a_half_and_three_quarters():
-    rates = [learning_rate(1.0, epoch, 160) for epoch in (0, 79, 80, 119, 120, 159)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert learning_rate(1.0, 0, 1) == 1
-
-
-def test_digits_are_split_the_same_way_always():
-    pytest.importorskip("sklearn")
-    train_set, test_set = data.load("digits")
-    assert (len(train_set), len(test_set)) == (1437, 360)
-    images, labels = train_set.tensors
-    assert images.shape == (1437, 1, 16, 16) and images.dtype == torch.float32
-    assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5
-    assert test_set.tensors[1].bincount().min() >= 34 and labels.bincount().min() >= 139
-    assert torch.equal(images, data.load("digits")[0].tensors[0])
 
 
 def test_explain_names_every_batchnorm(capsys):
@@ -290,3 +287,41 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("bnfast: error: ") and done.stderr.count("\n") == 1
+
+
+def test_pretrained_features_are_asked_for_and_kept(capsys):
+    source = create("resnet8")
+    with torch.no_grad():
+        source.bn.weight.fill_(0.75)
+    torch.save(source.state_dict(), "weights.pt")
+    assert "--features pretrained" in refused(capsys, *TINY, "--weights", "weights.pt")
+    options = ["--features", "pretrained", "--weights", "weights.pt"]
+    assert main([*TINY, *options, "--lr", "0", "--out", "run"]) == 0
+    model = rebuild("run/affine.safetensors", weights="weights.pt")
+    assert torch.equal(model.conv.weight, source.conv.weight)
+    assert (model.bn.weight == 0.75).all()
+    assert main([*TINY, *options, "--lr", "0", "--out", "ones", "--init-gamma", "ones"]) == 0
+    assert (rebuild("ones/affine.safetensors", weights="weights.pt").bn.weight == 1).all()
+    other = create("resnet8")
+    torch.save(other.state_dict(), "other.pt")
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        rebuild("run/affine.safetensors", weights="other.pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config", "random2"],
+        ["--config", "gamma", "--statistics", "running", "--calibrate", "2"],
+        ["--amp", "bfloat16", "--no-channels-last"],
+        ["--model", "timm:resnet18", "--features", "orthogonal"],
+        ["--model", "vgg11", "--config", "bn+output", "--init-gamma", "symmetric"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train(capsys, options):
+    pytest.importorskip("timm")
+    assert main([*TINY, *options, "--compare", "steps", "--out", "run"]) == 0
+    assert "ms, plain" in capsys.readouterr().out
+    trained = rebuild("run/affine.safetensors")
+    assert all(value.isfinite().all() for value in trained.state_dict().values())

@@ -437,9 +437,6 @@ def test_subclasses_are_left():
     _, converted = check(Left(_plain_body, norm=OwnNorm), images(2, 4, 5, 5))
     kind, reason = entries(converted)["bn"]
     assert kind is None and reason.startswith("OwnNorm is not an exact nn.BatchNorm1d")
-    model = Left(_plain_body, norm=nn.SyncBatchNorm)
-    kind, reason = entries(model)["bn"]
-    assert kind is None and reason.startswith("SyncBatchNorm is not")
 
 
 @pytest.mark.parametrize("name", ["conv", "bn", "relu"])
@@ -1039,7 +1036,7 @@ def test_what_trains(train):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"train": "gamma"}, ValueError),
+        ({"train": "delta"}, ValueError),
         ({"backend": "tpu"}, (ValueError, RuntimeError)),
         ({"memory_format": torch.preserve_format}, ValueError),
         ({"memory_format": "channels_last"}, ValueError),

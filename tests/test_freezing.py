@@ -7,15 +7,19 @@ import torch
 import torchvision
 from torch import nn
 
+import bnfast
 from bnfast import models
 from bnfast.freezing import (
     CONFIGURATIONS,
     affine_parameters,
     freeze,
+    freeze_statistics,
     frozen_digest,
+    normalised_convolutions,
     output_layers,
     shortcut_convolutions,
 )
+from bnfast.random_weights import merge_random_weights, train_random_weights
 
 
 def on_meta(build):
@@ -42,6 +46,8 @@ def path_of(model, wanted):
         ("output", 650),
         ("none", 0),
         ("all-but-bn", 174_138),
+        ("gamma", 560),
+        ("beta", 560),
     ],
 )
 def test_trainable_counts_of_resnet14(train, count):
@@ -77,8 +83,8 @@ def test_a_shared_batchnorm_counts_once():
 
 
 def test_unknown_configuration_is_refused():
-    with pytest.raises(ValueError, match=r"all-but-bn.*'gamma'"):
-        freeze(models.create("resnet14"), "gamma")
+    with pytest.raises(ValueError, match=r"all-but-bn.*'delta'"):
+        freeze(models.create("resnet14"), "delta")
 
 
 @pytest.mark.parametrize(
@@ -221,17 +227,118 @@ def test_digest_of_bfloat16_scalars_and_empty_tensors():
     assert len(frozen_digest(model)) == 64
 
 
-@pytest.mark.parametrize("train", CONFIGURATIONS)
-def test_training_moves_what_trains_and_nothing_else(train):
+def fifty_steps(model, train_mode=lambda model: None):
+    """SGD with momentum and weight decay on everything that the optimiser is given, which is every parameter."""
+    torch.set_num_threads(1)  # so small a model gains nothing from more
+    gen = torch.Generator().manual_seed(7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    for _ in range(50):
+        train_mode(model.train())
+        loss = nn.functional.cross_entropy(
+            model(torch.randn(8, 1, 8, 8, generator=gen)), torch.arange(8)
+        )
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+
+
+def start(converted, train, name="resnet8"):
     torch.manual_seed(0)
-    model = freeze(models.create("resnet14", in_channels=1), train)
+    model = models.create(name, in_channels=1)
+    if train.startswith("random"):
+        train_random_weights(model, int(train[6:]))
+    else:
+        freeze(model, train)
+    return bnfast.convert(model, train="keep") if converted else model
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+@pytest.mark.parametrize("train", [*CONFIGURATIONS, "random1", "random2"])
+def test_training_moves_what_trains_and_nothing_else(train, converted):
+    model = start(converted, train)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     digest = frozen_digest(model)
-    loss = nn.functional.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8))
-    if loss.requires_grad:
-        loss.backward()
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4).step()
+    fifty_steps(model)
     assert frozen_digest(model) == digest
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) is not parameter.requires_grad
+        assert torch.equal(parameter, before[name]) is not parameter.requires_grad, name
+        assert parameter.isfinite().all()
     assert model.bn.running_mean.any()
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+def test_frozen_statistics_stay_and_gamma_and_beta_train(converted):
+    model = start(converted, "bn")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fifty_steps(model, freeze_statistics)
+    for name, value in model.state_dict().items():
+        is_affine = "bn" in name or "shortcut.1" in name
+        trained = is_affine and "running" not in name and "tracked" not in name
+        assert torch.equal(value, before[name]) is not trained, name
+
+
+def test_statistics_that_do_not_exist_cannot_be_frozen():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)).train()
+    with pytest.raises(ValueError, match="'1' has no running statistics"):
+        freeze_statistics(model)
+    assert model[0].training
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+def test_random_weights_move_only_at_their_places(converted):
+    model = start(converted, "random2", "resnet14")
+    assert trained(model) == models.count_parameters(models.create("resnet14")).bn == 1_120
+    dense = {
+        n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Conv2d)
+    }
+    values = model.state_dict()
+    torch.manual_seed(0)
+    untouched = models.create("resnet14", in_channels=1)
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(model.eval()(x), untouched.eval()(x))
+    fifty_steps(model)
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            moved = (conv.weight != dense[name]).flatten(1)
+            chosen = torch.zeros_like(moved).scatter(
+                1, values[f"{name}.parametrizations.weight.0.index"], True
+            )
+            assert torch.equal(moved, chosen), name
+    after = model.eval()(x)
+    merged = merge_random_weights(model)
+    assert "conv.weight" in merged.state_dict() and trained(merged) == 0
+    assert set(bnfast.revert(merged).state_dict()) == set(untouched.state_dict())
+    torch.testing.assert_close(merged(x), after)
+
+
+def test_random_weights_are_those_of_the_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        model = models.create("resnet8")
+        train_random_weights(model, 3, torch.Generator().manual_seed(seed))
+        index = model.conv.parametrizations.weight[0].index
+        assert all(len(set(row.tolist())) == 3 for row in index)
+        drawn.append(index)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_random_weights_that_cannot_be():
+    model = models.create("resnet8")
+    for wrong, message in ((0, "at least 1"), (17, "'segments.1.0.shortcut.0' has 16 weights")):
+        with pytest.raises(ValueError, match=message):
+            train_random_weights(model, wrong)
+        assert trained(model) == models.count_parameters(model).total
+    with pytest.raises(ValueError, match="no convolution"):
+        train_random_weights(nn.Sequential(nn.Conv2d(1, 1, 1)), 1)
+    with pytest.raises(ValueError, match="parametrized already"):
+        train_random_weights(train_random_weights(model, 1), 1)
+
+
+def test_convolutions_in_front_of_a_batchnorm():
+    model = models.create("resnet14")
+    assert len(normalised_convolutions(model)) == 15
+    model = models.create("mobilenet_v3_small")  # squeeze and excitation has convolutions without
+    inside = {id(m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "fc" in n}
+    found = normalised_convolutions(model)
+    assert len(found) == 34 and not inside & {id(conv) for conv in found}

@@ -1,6 +1,9 @@
 """The paper's networks: parameter counts to the integer, forward shapes, initialisation."""
 
+import sys
+
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -54,7 +57,10 @@ def test_imagenet_counts(row):
         check_counts(models.create(row[0], num_classes=1000), row)
 
 
-@pytest.mark.parametrize(("name", "total"), [("resnet14", 181_108), ("resnet110", 1_736_564)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("resnet14", 181_108), ("resnet110", 1_736_564), ("resnet866", 13_985_780)],
+)
 def test_counts_with_100_classes(name, total):
     with torch.device("meta"):
         assert models.count_parameters(models.create(name, num_classes=100)).total == total
@@ -80,11 +86,75 @@ def test_maps_of_the_cifar_resnet_are_32_16_8():
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet15", "resnet2", "wrn14", "wrn16_4", "wrn14_0", "resnet14_2", "vgg12", "alexnet", ""],
+    [
+        "resnet15",
+        "resnet2",
+        "wrn14",
+        "wrn16_4",
+        "wrn14_0",
+        "resnet14_2",
+        "vgg12",
+        "alexander",
+        "timm:alexnet",
+        "",
+    ],
 )
 def test_unknown_name_lists_what_is_allowed(name):
     with pytest.raises(ValueError, match=r"unknown model .*resnet<6n\+2>.*wrn.*resnet200.*vgg19"):
         models.create(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mobilenet_v3_small", "MobileNetV3"),
+        ("torchvision:vgg16", "VGG"),
+        ("vgg16", "CifarVGG"),
+        ("googlenet", "GoogLeNet"),
+        ("regnety_002", "RegNet"),
+        ("timm:resnet18", "ResNet"),
+    ],
+)
+def test_networks_of_torchvision_and_timm(name, kind):
+    pytest.importorskip("timm")
+    model = models.create(name, num_classes=7, in_channels=1).eval()
+    assert type(model).__name__ == kind
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 7)
+    gamma = gammas(model) if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else None
+    assert gamma is None or (gamma.min() >= 0 and gamma.max() < 1 and gamma.std() > 0.2)
+
+
+@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file])
+def test_pretrained_weights_of_a_file(tmp_path, save):
+    source = models.create("resnet8", num_classes=10)
+    save(source.state_dict(), tmp_path / "weights")
+    same = models.create_pretrained("resnet8", 10, weights=tmp_path / "weights").state_dict()
+    assert all(torch.equal(value, same[key]) for key, value in source.state_dict().items())
+    other = models.create_pretrained("resnet8", 4, weights=tmp_path / "weights").state_dict()
+    assert torch.equal(other["conv.weight"], source.conv.weight) and len(other["fc.bias"]) == 4
+    with pytest.raises(ValueError, match="do not fit 'resnet14'"):
+        models.create_pretrained("resnet14", weights=tmp_path / "weights")
+
+
+def test_networks_of_packages_that_are_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ValueError, match="pip install torchvision"):
+        models.create("resnet50")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"unknown model 'alexnet'.*torchvision and timm not installed"
+    ):
+        models.create("alexnet")
+
+
+def test_pretrained_weights_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="no pretrained weights for 'resnet14'"):
+        models.create_pretrained("resnet14")
+    (tmp_path / "broken").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="no file of tensors"):
+        models.create_pretrained("resnet14", weights=tmp_path / "broken")
+    with pytest.raises(FileNotFoundError):
+        models.create_pretrained("resnet14", weights=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("argument", ["num_classes", "in_channels"])
