@@ -271,32 +271,45 @@ def _unit(
     x, conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source
 ) -> ops.Unit | None:
     """One entry of run_chain as a unit, None where a part of it cannot be in one; x has the right number of dimensions."""
-    if not (_fits(x, conv) and _squeeze_fits(x, squeeze)):
-        return None
-    fields: dict[str, Any] = {}
+    weight = bias = None
+    stride = padding = dilation = ()
+    groups = 1
     if conv is not None:
-        fields["weight"] = conv.weight
-        fields["bias"] = conv.bias
-        if conv.weight.dim() > 2:
-            fields["stride"] = conv.stride
-            fields["padding"] = _padding(conv)
-            fields["dilation"] = conv.dilation
-            fields["groups"] = conv.groups
-    if squeeze is not None:
-        fields["squeeze"] = _squeeze_unit(*squeeze)
+        weight, bias = _held(conv, "weight"), _held(conv, "bias")
+        if (
+            x.dim() != weight.dim()
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or unsupported_conv(conv) is not None
+        ):
+            return None
+        if weight.dim() > 2:
+            stride, padding = conv.stride, _padding(conv)
+            dilation, groups = conv.dilation, conv.groups
+    if not _squeeze_fits(x, squeeze):
+        return None
     if bn is None:
-        fields["normalize"] = False
+        norm = (False,)
     else:
         bn._check_input_dim(x)  # a frozen convolution keeps the number of dimensions
-        _norm_fields(bn, fields)
-    return ops.Unit(
-        **fields,
+        norm = (True, *_norm_fields(bn))
+    unit = ops.Unit(weight, bias, stride, padding, dilation, groups, *norm)
+    return unit._replace(
         residual=residual,
         act=act,
         negative_slope=slope,
+        squeeze=None if squeeze is None else _squeeze_unit(*squeeze),
+        group=None if bn is None else cross_rank.group_of(bn),
         source=source,
         residual_source=residual_source,
     )
+
+
+def _held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer, without nn.Module's search through all that a module holds where it lies in the first place;
+    replicas and parametrized modules have it elsewhere."""
+    value = module._parameters.get(name)
+    return getattr(module, name) if value is None else value
 
 
 def _run_apart(x: Tensor, backend: str, entries: tuple) -> Tensor:
@@ -371,23 +384,21 @@ def _squeeze(x: Tensor, reduce: nn.Conv2d, act: str, expand: nn.Conv2d, gate: st
     return x * (torch.sigmoid(scale) if gate == "sigmoid" else F.hardsigmoid(scale))
 
 
-def _norm_fields(bn: nn.Module, fields: dict[str, Any]) -> None:
-    """BatchNorm's rules about its mode, buffers and momentum, as in nn.BatchNorm2d.forward."""
-    training = bn.training
-    use_batch = training or (bn.running_mean is None and bn.running_var is None)
-    fields["use_batch_statistics"] = use_batch
-    fields["gamma"] = bn.weight
-    fields["beta"] = bn.bias
-    fields["eps"] = bn.eps
+def _norm_fields(bn: nn.Module) -> tuple:
+    """From use_batch_statistics to eps of an `ops.Unit`: BatchNorm's rules about its mode, buffers and momentum, as in
+    nn.BatchNorm2d.forward."""
+    training, momentum = bn.training, bn.momentum
+    mean, var = bn.running_mean, bn.running_var
+    use_batch = training or (mean is None and var is None)
     tracked = None
-    if not training or bn.track_running_stats:
-        fields["running_mean"] = bn.running_mean
-        fields["running_var"] = bn.running_var
-        if training:
-            tracked = bn.num_batches_tracked
-    fields["num_batches_tracked"] = tracked
-    fields["group"] = cross_rank.group_of(bn)
-    fields["momentum"] = 0.0 if bn.momentum is None and tracked is None else bn.momentum
+    if training and not bn.track_running_stats:
+        mean = var = None
+    elif training:
+        tracked = bn.num_batches_tracked
+    if momentum is None and tracked is None:
+        momentum = 0.0
+    affine = (_held(bn, "weight"), _held(bn, "bias"))
+    return use_batch, *affine, mean, var, tracked, momentum, bn.eps
 
 
 # ---- planned blocks ----------------------------------------------------------------------------------------------------

@@ -253,6 +253,7 @@ class _Chain(torch.autograd.Function):
         shares = []
         squeezes = iter(range(8 * len(specs), len(tensors), 4))
         readers = _readers(specs)
+        fuses = _Fuses(phases, specs, tensors)
         outputs = [None] * len(specs) + [x]  # the last one is -1's
         waiting: dict[int, tuple] = {}  # units whose bn_fwd_apply their readers do: what it takes
         recomputable = set()  # units whose output follows from what they save
@@ -295,9 +296,7 @@ class _Chain(torch.autograd.Function):
                     )
                     _check_count([x.shape[0], weight.shape[0], *sizes])
                     before = waiting.get(spec.source)
-                    waits = residual is None and _readers_apply(
-                        phases, specs, tensors, readers[i], i, x
-                    )
+                    waits = residual is None and _readers_apply(specs, fuses, readers[i], i, x)
                     if before is None and residual_waits is None and not waits:
                         z, mean, rstd, y, bits = phases.conv_fwd_reduce_apply(
                             x, *conv, *stats, *affine
@@ -349,14 +348,33 @@ class _Chain(torch.autograd.Function):
         return None, None, None, *_Backward(ctx).run(dy)
 
 
-def _readers_apply(phases, specs, tensors, readers, i, x) -> bool:
+class _Fuses:
+    """Which convolutions the backend joins with the phases around them, asked once each."""
+
+    def __init__(self, phases, specs, tensors) -> None:
+        self.phases, self.specs, self.tensors = phases, specs, tensors
+        self.answers: dict[int, bool] = {}
+
+    def __call__(self, i: int, x: Tensor) -> bool:
+        """Unit i; x has the layout and dtype of its input."""
+        if i not in self.answers:
+            weight, spec = self.tensors[8 * i], self.specs[i]
+            self.answers[i] = (
+                weight is not None
+                and spec.is_fusable
+                and self.phases.fuses_chain(x, weight, spec.groups)
+            )
+        return self.answers[i]
+
+
+def _readers_apply(specs, fuses, readers, i, x) -> bool:
     """Whether unit i, which has no residual, leaves its bn_fwd_apply to those that read it: to convolutions, or to the one unit
     whose residual it is; x has the layout and dtype of its z."""
-    if not readers or not phases.fuses_chain(x, tensors[8 * i], specs[i].groups):
+    if not readers or not fuses(i, x):
         return False
     for reader in readers:
-        spec, weight = specs[reader], tensors[8 * reader]
-        if weight is None or not spec.is_fusable or not phases.fuses_chain(x, weight, spec.groups):
+        spec = specs[reader]
+        if not fuses(reader, x):
             return False
         if spec.residual_source == i and (
             len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS

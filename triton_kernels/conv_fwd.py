@@ -198,5 +198,6 @@ def split_tiles(pixels: int, block: int, channels: int, with_sums: bool) -> tupl
 
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies float32: as PyTorch lets cuDNN do it."""
-    ieee = torch.backends.cudnn.conv.fp32_precision == "ieee"
-    return "ieee" if ieee or dtype != torch.float32 else "tf32"
+    if dtype != torch.float32:
+        return "ieee"
+    return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32"
