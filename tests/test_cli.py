@@ -25,6 +25,7 @@ TINY = ["train", "--model", "resnet8", "--data", "fake", "--quiet"]
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # so small networks gain nothing from more
 
 
 def refused(capsys, *arguments):
