@@ -227,6 +227,7 @@ def launch_dgrad(
         ACC=TRITON_DTYPES[acc],
         PRECISION=precision(dy.dtype),
         num_warps=THREADS // launch.LANES,
+        num_stages=2,
     )
     return dx, parts
 
