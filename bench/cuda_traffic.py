@@ -95,7 +95,7 @@ def floors(
 ) -> tuple[float, float]:
     """Bytes forward and backward: whole tensors once per pass, and bits. On chip what is reduced is not read again: z forward, dy and
     z backward."""
-    elements, bits = math.prod(shape), (1, 2) if kind.residual else (0, 0)
+    elements, bits = math.prod(shape), (1, 1 if on_chip else 2) if kind.residual else (0, 0)
     accesses = kind.two_pass
     if on_chip:
         accesses = accesses[0] - 1, accesses[1] - (2 if kind.has_dgrad else 0)
@@ -144,7 +144,7 @@ def table() -> str:
     phase_lines += [
         "",
         "On devices with clusters of blocks (compute capability 9.0 on) and where the blocks of a channel fit, each tensor is read once;",
-        f"on {list(ON_CHIP_SHAPE)}, beside the floor of that (bits are read twice):",
+        f"on {list(ON_CHIP_SHAPE)}, beside the floor of that (a second read of bits is not at a new address):",
         "",
         "| unit | layout | forward | of the floor | backward | of the floor |",
         "|---|---|--:|--:|--:|--:|",
