@@ -39,7 +39,11 @@ SLOPES = {
     "bn_bwd_apply": ("", "residual", "bits"),
     "bn_fwd_apply": ("", "residual"),
     "bn_fwd_reduce": ("",),
+    "bn_fwd_reduce_apply": ("", "residual"),
+    "bn_bwd_reduce_apply": ("", "residual", "bits"),
 }
+# Kernels that need clusters of blocks: empty where there are none. Their shared memory is mostly dynamic: a block may take all.
+WITH_CLUSTERS = ("bn_fwd_reduce_apply", "bn_bwd_reduce_apply")
 
 
 @dataclasses.dataclass
@@ -74,7 +78,7 @@ class Row:
 
 def _describe(symbol: str) -> tuple[str, str, str, str] | None:
     """(kernel, dtype, layout, variant) of a mangled name; None where it is no kernel of a phase."""
-    found = re.search(r"(bn_(?:fwd|bwd)_(?:reduce|apply))_kernelI(.*?)EEv", symbol)
+    found = re.search(r"(bn_(?:fwd|bwd)_(?:reduce_apply|reduce|apply))_kernelI(.*?)EEv", symbol)
     if not found:
         return None
     kernel, arguments = found.groups()
@@ -121,7 +125,7 @@ def rows_of(binary: Path, target: str) -> Iterator[Row]:
     for part in re.split(r"\n\s*Function : ", listing)[1:]:
         symbol, _, code = part.partition("\n")
         described = _describe(symbol)
-        if described is None:
+        if described is None or (described[0] in WITH_CLUSTERS and int(target[3:]) < 90):
             continue
         used = resources[symbol.strip()]
         loads, stores = _widths(code, "LDG"), _widths(code, "STG")
@@ -171,7 +175,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         "By `python -m bench.cuda_table`, from what nvcc made of csrc/cuda: instructions by width, not accesses. Narrow ones belong to",
         "the parameters of a channel, to partial results, and to tails: slots that are partial, or tensors whose lines do not begin at a",
-        "multiple of 16 bytes. That whole slots move in one access is counted in the emulator (tests/test_cuda.py).",
+        "multiple of 16 bytes. bn_*_reduce_apply_kernel takes up to 200 KiB of dynamic shared memory too (occupancy without it). That whole slots move in one access is counted in the emulator (tests/test_cuda.py).",
         "",
         "| kernel | target | registers | spilled | shared | occupancy | global loads | global stores |",
         "|---|---|--:|--:|--:|--:|---|---|",

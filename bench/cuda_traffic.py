@@ -22,6 +22,7 @@ from bench.floors import KINDS, Kind, resnet50_bytes
 from bnfast import cuda
 
 SHAPE = (8, 64, 32, 32)
+ON_CHIP_SHAPE = (8, 256, 32, 32)  # on chip in both layouts
 DTYPE = torch.bfloat16
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 # Accesses per element, forward and backward, of an inner unit and of the end of a block, as their sources have them
@@ -33,7 +34,8 @@ PEERS = {
     "cuDNN BN + add + ReLU, larger": ("3", "4 + bit", "5", "6 + bit"),
     "apex groupbn (float16), tensor on chip": ("2", "3 + bit", "3", "4 + bit"),
     "apex groupbn (float16), larger": ("3", "4 + bit", "5", "6 + bit"),
-    "bnfast, floor of two passes": ("3", "4 + bit", "5", "6 + 2 bits"),
+    "bnfast, two passes": ("3", "4 + bit", "5", "6 + 2 bits"),
+    "bnfast, on chip": ("2", "3 + bit", "3", "4 + 2 bits"),
 }
 
 
@@ -56,35 +58,50 @@ def traffic(ledger: list[dict]) -> dict[str, Traffic]:
     return found
 
 
-def run_unit(kind: Kind, layout: torch.memory_format) -> tuple[list[dict], list[dict]]:
-    """The ledgers of forward and backward of one unit's BatchNorm side on z of SHAPE."""
+def run_unit(
+    kind: Kind, layout: torch.memory_format, shape: tuple[int, ...] = SHAPE, on_chip: bool = False
+) -> tuple[list[dict], list[dict]]:
+    """The ledgers of forward and backward of one unit's BatchNorm side: in two passes, or on_chip with each tensor read once (for a
+    shape whose blocks fit)."""
     emulator = build.emulator()
     phases = cuda.phases(torch.ops.bnfast_emulated)
     z, dy, residual = (
-        torch.randn(SHAPE).to(DTYPE).contiguous(memory_format=layout) for _ in range(3)
+        torch.randn(shape).to(DTYPE).contiguous(memory_format=layout) for _ in range(3)
     )
-    gamma, beta = torch.rand(2, SHAPE[1]) + 0.5
+    gamma, beta = torch.rand(2, shape[1]) + 0.5
+    statistics = (z, None, None, None, 0.1, 1e-5)
+    output = (gamma, beta, residual if kind.residual else None, kind.act, 0.0, kind.residual)
     emulator.clear_ledger()
-    mean, rstd, _, bits = phases.bn_fwd_reduce_apply(
-        z, None, None, None, 0.1, 1e-5, gamma, beta, residual if kind.residual else None,
-        kind.act, 0.0, kind.residual,
-    )  # fmt: skip
+    if on_chip:
+        mean, rstd, _, bits = phases.bn_fwd_reduce_apply(*statistics, *output)
+    else:
+        mean, _, rstd = phases.bn_fwd_reduce(*statistics)
+        _, bits = phases.bn_fwd_apply(z, mean, rstd, *output)
     forward = emulator.ledger()
     emulator.clear_ledger()
     state = (dy, z, mean, rstd, gamma, beta, None, bits if kind.residual else None, kind.act)
-    if kind.has_dgrad:
+    if not kind.has_dgrad:
+        phases.bn_bwd_reduce(*state, 0.0)
+    elif on_chip:
         phases.bn_bwd_reduce_apply(*state, 0.0, kind.residual)
     else:
-        phases.bn_bwd_reduce(*state, 0.0)
+        sums = phases.bn_bwd_reduce(*state, 0.0)
+        phases.bn_bwd_apply(*state[:-1], *sums, kind.act, 0.0, kind.residual)
     return forward, emulator.ledger()
 
 
-def floors(kind: Kind) -> tuple[float, float]:
-    """Bytes of the two-pass form for SHAPE, forward and backward: whole tensors, and bits."""
-    elements, bits = math.prod(SHAPE), (1, 2) if kind.residual else (0, 0)
+def floors(
+    kind: Kind, shape: tuple[int, ...] = SHAPE, on_chip: bool = False
+) -> tuple[float, float]:
+    """Bytes forward and backward: whole tensors once per pass, and bits. On chip what is reduced is not read again: z forward, dy and
+    z backward."""
+    elements, bits = math.prod(shape), (1, 1 if on_chip else 2) if kind.residual else (0, 0)
+    accesses = kind.two_pass
+    if on_chip:
+        accesses = accesses[0] - 1, accesses[1] - (2 if kind.has_dgrad else 0)
     forward, backward = (
-        elements * (accesses * DTYPE.itemsize + count / 8)
-        for accesses, count in zip(kind.two_pass, bits, strict=True)
+        elements * (count * DTYPE.itemsize + of_bits / 8)
+        for count, of_bits in zip(accesses, bits, strict=True)
     )
     return forward, backward
 
@@ -123,6 +140,22 @@ def table() -> str:
                 row += f" {unique / elements:.3f} | {unique / floor:.3f}x |"
                 per_layout = sums.setdefault(layout, {})
                 per_layout[kind.name] = per_layout.get(kind.name, 0.0) + unique / elements
+            phase_lines.append(row)
+    phase_lines += [
+        "",
+        "On devices with clusters of blocks (compute capability 9.0 on) and where the blocks of a channel fit, each tensor is read once;",
+        f"on {list(ON_CHIP_SHAPE)}, beside the floor of that (a second read of bits is not at a new address):",
+        "",
+        "| unit | layout | forward | of the floor | backward | of the floor |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for layout, memory_format in LAYOUTS.items():
+        for kind in KINDS:
+            shape, row = ON_CHIP_SHAPE, f"| {kind.name} | {layout} |"
+            parts = run_unit(kind, memory_format, shape, on_chip=True)
+            for part, floor in zip(parts, floors(kind, shape, on_chip=True), strict=True):
+                unique = sum(t.unique for t in traffic(part).values())
+                row += f" {unique / math.prod(shape):.3f} | {unique / floor:.3f}x |"
             phase_lines.append(row)
     floor = {k.name: sum(floors(k)) / elements for k in KINDS}
     eager = {k.name: float(sum(k.eager) * DTYPE.itemsize) for k in KINDS}

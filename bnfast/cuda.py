@@ -19,14 +19,17 @@ from .reference import accumulator
 # What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where the build has none.
 architectures = "" if native._C is None else native._C.cuda_architectures()
 
+# The type of the devices whose tensors the kernels take; the tests' emulator takes those of the CPU.
+device_type = "cuda"
+
 
 def why_unavailable() -> str | None:
     """The reason why the CUDA kernels cannot be used here; None where they can."""
     if native.unavailable is not None:
         return native.unavailable
-    if not architectures:
+    if device_type == "cuda" and not architectures:
         return "the extension bnfast._C was built without the CUDA kernels (no nvcc, or a torch without CUDA)"
-    if not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     return None
 

@@ -78,7 +78,7 @@ def pick(name: str, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and native.unavailable is None else "reference"
     if name == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' serves tensors on the CPU; x is on {device}")
-    if name == "cuda" and device.type != "cuda":
+    if name == "cuda" and device.type != cuda.device_type:
         raise RuntimeError(f"backend 'cuda' serves tensors on an NVIDIA GPU; x is on {device}")
     if name == "triton" and device.type != "cuda" and not (device.type == "cpu" and _interprets()):
         raise RuntimeError(f"backend 'triton' serves tensors on a GPU; x is on {device}")

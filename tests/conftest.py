@@ -50,7 +50,7 @@ class Backend:
 
 
 @pytest.fixture(params=sorted(dispatch.backends()))
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each backend of bnfast.dispatch.backends(); one that is not available is skipped with its own reason."""
     name = request.param
     emulated = name == "cuda" and has_emulator()
@@ -71,6 +71,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if emulated:
         cuda_emulator.emulator()
         module = cuda.phases(torch.ops.bnfast_emulated)
+        monkeypatch.setattr(cuda, "device_type", "cpu")
+        monkeypatch.setitem(dispatch._MODULES, "cuda", module)
         return Backend(name, module, torch.device("cpu"), interpreted)
     on_gpu = name == "cuda" or (name == "triton" and not interpreted)
     device = torch.device("cuda" if on_gpu else "cpu")

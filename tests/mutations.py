@@ -802,8 +802,8 @@ MUTATIONS = [
         "bn_fwd_reduce",
         "cuda: num_batches_tracked counted once per tile",
         CUDA_FWD,
-        "if (a.tracked && is_last_block(a.workspace.counters + gridDim.x, gridDim.x) && threadIdx.x == 0)",
-        "if (a.tracked && threadIdx.x == 0)",
+        "a.tracked && is_last_block(a.workspace.counters + gridDim.x, gridDim.x) && threadIdx.x == 0",
+        "a.tracked && threadIdx.x == 0",
     ),
     Mutation(
         "bn_fwd_reduce",
@@ -879,8 +879,8 @@ MUTATIONS = [
         "bn_bwd_reduce",
         "cuda: dgamma not scaled by rstd",
         CUDA_BWD,
-        "db_z * static_cast<const A*>(a.gradient.affine.rstd)[c]",
-        "db_z",
+        "const A dgamma = db_z * static_cast<const A*>(a.gradient.affine.rstd)[c];",
+        "const A dgamma = db_z;",
     ),
     Mutation(
         "bn_bwd_reduce",
@@ -893,7 +893,7 @@ MUTATIONS = [
         "bn_bwd_apply",
         "cuda: without the mean of db",
         CUDA_BWD,
-        "centred = (db[i] - shift_db[j]) - ",
+        "centred = (db[i] - shifts.db[j]) - ",
         "centred = db[i] - ",
     ),
     Mutation(

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
     not has_emulator(), reason="the emulator needs a C++ compiler and bnfast._C, and no GPU"
 )
 
-SCHEDULES = 20 if FULL else 4
+TENSORS = ("z", "dy", "residual", "y", "dz", "dresidual")
+SCHEDULES = 20 if FULL else 3
 SCHEDULE_CASES = [
     Case(shape, dtype, layout, "off_centre", act, residual, True, True, layout, layout)
     for (shape, act, residual), layout, dtype in itertools.product(
@@ -27,6 +28,7 @@ SCHEDULE_CASES = [
             ((7, 33, 13, 11), "relu", True),
             ((5, 64, 12, 12), "relu", False),
             ((3, 130, 7, 7), "silu", True),
+            ((4, 256, 8, 8), "relu6", True),
         ),
         ("contiguous", "channels_last"),
         (torch.float32, torch.bfloat16),
@@ -42,13 +44,28 @@ def phases():
     return cuda.phases(torch.ops.bnfast_emulated)
 
 
+def both_in_one(phases, case: Case) -> dict[str, torch.Tensor]:
+    """Outputs of the two phases in one, forward and backward."""
+    t, act = make_inputs(case), case.act
+    want_bits = case.residual and act in reference.BIT_ACTS
+    mean, rstd, y, bits = phases.bn_fwd_reduce_apply(
+        t.z, t.running_mean, t.running_var, t.num_batches_tracked, case.momentum, case.eps,
+        t.gamma, t.beta, t.residual, act, case.slope, want_bits,
+    )  # fmt: skip
+    kept = (None, bits) if want_bits else (t.residual, None)
+    found = phases.bn_bwd_reduce_apply(
+        t.dy, t.z, mean, rstd, t.gamma, t.beta, *kept, act, case.slope, case.residual
+    )
+    return {f"both {i}": value for i, value in enumerate((mean, rstd, y, *found))}
+
+
 @pytest.mark.parametrize("case", SCHEDULE_CASES, ids=lambda c: c.name)
 def test_no_schedule_changes_a_bit(phases, case):
     """Blocks and threads in another order each time: the same bits, in every output of every phase."""
     emulator, results = build.emulator(), []
     for seed in range(SCHEDULES):
         emulator.seed(seed)
-        results.append(run_phases(phases, case, make_inputs(case)))
+        results.append(run_phases(phases, case, make_inputs(case)) | both_in_one(phases, case))
     emulator.seed(0)
     for other, name in itertools.product(results[1:], results[0]):
         assert_bit_equal(other[name], results[0][name], name)
@@ -76,9 +93,8 @@ def test_tensors_are_moved_16_bytes_at_once(phases, dtype, layout):
     assert [launch["kernel"] for launch in launches] == [
         f"{name}_kernel" for name in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply")
     ]  # fmt: skip
-    tensors = ("z", "dy", "residual", "y", "dz", "dresidual")
     for launch in launches:
-        loads, stores = (widths(launch, d, tensors) for d in ("read", "write"))
+        loads, stores = (widths(launch, d, TENSORS) for d in ("read", "write"))
         single = {dtype.itemsize} if launch["kernel"] == "bn_fwd_reduce_kernel" else set()
         assert loads == {16} | single, launch["kernel"]
         assert stores == (set() if "reduce" in launch["kernel"] else {16}), launch["kernel"]
@@ -92,6 +108,30 @@ def test_traffic_is_that_of_two_passes(kind, layout):
     for ledger, floor in zip(both, cuda_traffic.floors(kind), strict=True):
         unique = sum(t.unique for t in cuda_traffic.traffic(ledger).values())
         assert floor <= unique <= 1.02 * floor
+
+
+@pytest.mark.parametrize("layout", list(cuda_traffic.LAYOUTS))
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in cuda_traffic.KINDS if FULL or kind.name == "end"],
+    ids=lambda kind: kind.name,
+)
+def test_traffic_on_chip_is_that_of_one_pass(kind, layout):
+    """One kernel each way, where there is a dz: bytes at distinct addresses at most 1.02 of the floor, and no tensor moved twice."""
+    shape, memory_format = cuda_traffic.ON_CHIP_SHAPE, cuda_traffic.LAYOUTS[layout]
+    forward, backward = cuda_traffic.run_unit(kind, memory_format, shape, on_chip=True)
+    assert [launch["kernel"] for launch in forward] == ["bn_fwd_reduce_apply_kernel"]
+    both = "bn_bwd_reduce_apply_kernel" if kind.has_dgrad else "bn_bwd_reduce_kernel"
+    assert [launch["kernel"] for launch in backward] == [both]
+    for ledger, floor in zip((forward, backward), cuda_traffic.floors(kind, shape, True), strict=True):  # fmt: skip
+        unique = sum(t.unique for t in cuda_traffic.traffic(ledger).values())
+        whole = sum(
+            16 * m[f"{direction}_widths"].get("16", 0)
+            for m in ledger[0]["memory"]
+            for direction in ("read", "write")
+            if m["name"] in TENSORS
+        )
+        assert unique <= 1.02 * floor and whole <= floor, "a tensor is moved more than once"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -25,6 +25,8 @@ BUGS = [
     ("write past an array in shared memory", "shared memory outside of all arrays"),
     ("access that is not aligned", "not aligned"),
     ("write to an input", "read-only"),
+    ("missing cluster_sync", ("no fence and atomic between", "not come to", "which nothing wrote")),
+    ("block that ends while another reads its shared memory", "of the cluster, which has ended"),
 ]
 SEEDS = 20
 
@@ -44,14 +46,18 @@ def run(bug: int, seed: int) -> tuple[str, float, tuple[int, ...]]:
     return found, total.value, tuple(order)
 
 
+# Whether a block ends before another reads from it is up to the schedule.
+UNLUCKY = {"block that ends while another reads its shared memory"}
+
+
 @pytest.mark.parametrize("bug", range(1, len(BUGS)), ids=[name for name, _ in BUGS[1:]])
 def test_each_planted_bug_is_found(bug):
-    """In every schedule, not only in an unlucky one."""
-    for seed in range(SEEDS):
-        found, _, _ = run(bug, seed)
-        expected = BUGS[bug][1]
-        expected = (expected,) if isinstance(expected, str) else expected
-        assert any(text in found for text in expected), f"seed {seed}: {found!r}"
+    """In every schedule, not only in an unlucky one, where the bug is one in all of them."""
+    name, expected = BUGS[bug]
+    expected = (expected,) if isinstance(expected, str) else expected
+    seen = [run(bug, seed)[0] for seed in range(SEEDS)]
+    right = [any(text in found for text in expected) for found in seen]
+    assert any(right) if name in UNLUCKY else all(right), seen
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
@@ -71,12 +77,10 @@ def test_the_ledger_counts_bytes_and_widths():
     emulator = planted()
     emulator.clear_ledger()
     assert run(0, 1)[0] == ""
-    launch, halve = emulator.ledger()
-    assert (launch["kernel"], halve["kernel"], launch["blocks"]) == (
-        "sum_kernel",
-        "halve_kernel",
-        5,
-    )
+    launch, cluster, halve = emulator.ledger()
+    names = [entry["kernel"] for entry in (launch, cluster, halve)]
+    assert names == ["sum_kernel", "cluster_kernel", "halve_kernel"]
+    assert (launch["blocks"], cluster["blocks"]) == (5, 4)
     memory = {entry["name"]: entry for entry in launch["memory"]}
     n = 64 * 5 - 3
     assert memory["x"]["read"] == memory["x"]["unique_read"] == 4 * n

@@ -201,7 +201,8 @@ def test_two_streams_at_once():
 
 
 def test_cuda_launches_two_kernels_each_way():
-    """Forward and backward of a unit's BatchNorm side, memory operations included."""
+    """Forward and backward of a unit's BatchNorm side, memory operations included; one each where the tensor stays on chip, which
+    it can from compute capability 9.0 on."""
     phases = dispatch.module(named("cuda"))
     z, dy = (torch.randn(8, 64, 28, 28, device="cuda") for _ in range(2))
     gamma, beta = torch.rand(2, 64, device="cuda")
@@ -221,4 +222,29 @@ def test_cuda_launches_two_kernels_each_way():
         step()
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert len(names) == 4 and all("bn_" in name for name in names), names
+    expected = 2 if torch.cuda.get_device_capability() >= (9, 0) else 4
+    assert len(names) == expected and all("bn_" in name for name in names), names
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_on_chip_is_bit_equal_to_two_passes(memory_format):
+    """Clusters of blocks (from compute capability 9.0 on) give the bits of the two phases one after the other."""
+    phases = dispatch.module(named("cuda"))
+    for shape in ((8, 256, 28, 28), (32, 512, 14, 14), (4, 2048, 7, 7)):
+        z, dy, r = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=memory_format)
+            for _ in range(3)
+        )
+        gamma, beta = torch.rand(2, shape[1], device="cuda")
+        mean, _, rstd = phases.bn_fwd_reduce(z, None, None, None, 0.1, 1e-5)
+        y, bits = phases.bn_fwd_apply(z, mean, rstd, gamma, beta, r, "relu", 0.0, True)
+        state = (dy, z, mean, rstd, gamma, beta, None, bits)
+        sums = phases.bn_bwd_reduce(*state, "relu", 0.0)
+        expected = (mean, rstd, y, bits, *sums)
+        expected += phases.bn_bwd_apply(*state, *sums, "relu", 0.0, True)
+        found = phases.bn_fwd_reduce_apply(
+            z, None, None, None, 0.1, 1e-5, gamma, beta, r, "relu", 0.0, True
+        )
+        found += phases.bn_bwd_reduce_apply(*state, "relu", 0.0, True)
+        for i, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert_bit_equal(actual, wanted, f"result {i} on {shape}")

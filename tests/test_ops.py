@@ -892,9 +892,10 @@ def test_saves_conv_outputs_and_bits_alone(backend, monkeypatch, act, training):
     elif act == "identity":
         assert not large
     else:
-        # One bit per element; planes of the compiled backend may end with part of a word.
+        # One bit per element; planes of the compiled backends may end with part of a word, and on CUDA begin with part of a byte.
         (bits,) = large.values()
-        assert elements / 8 <= bits <= elements / 8 * 1.3
+        partial = y.shape[0] * y.shape[1] if backend.name == "cuda" else 0
+        assert elements / 8 <= bits <= elements / 8 * 1.3 + partial
 
 
 def test_nothing_is_saved_without_need(backend):

@@ -87,6 +87,9 @@ struct ReduceBlock {
   // The thread's first channel.
   BNFAST_DEVICE int64_t channel() const { return kColumns ? k * kWidth<T> : int64_t{blockIdx.x}; }
 
+  // Where it is among those of the tile.
+  BNFAST_DEVICE static int place(const View& v) { return kColumns ? (threadIdx.x & ((1u << v.column_bits) - 1)) * kWidth<T> : 0; }
+
   BNFAST_DEVICE Slot next() {
     if constexpr (kColumns) {
       const Slot s = line < v.lines && k < v.slots ? slot_of<T, true>(v, line, k) : no_slot();

@@ -84,80 +84,116 @@ class Call {
 
 // ---- forward ----------------------------------------------------------------------------------------------------------
 
+// Statistics of z, which is dense: memory, arguments, and what follows the launch.
+struct Moments {
+  Tensor mean, m2, rstd;
+  OptionalTensor running_mean, running_var, tracked;
+  Tensor own_mean, own_var;   // in one piece, as a kernel updates them
+  FwdReduce arguments;
+
+  Moments(Call& call, const Tensor& z, OptionalTensor running_mean_in, OptionalTensor running_var_in, OptionalTensor tracked_in,
+          std::optional<double> momentum, double eps)
+      : running_mean(std::move(running_mean_in)), running_var(std::move(running_var_in)), tracked(std::move(tracked_in)) {
+    const auto options = z.options().dtype(accumulator(z)).memory_format(at::MemoryFormat::Contiguous);
+    mean = at::empty({z.size(1)}, options);
+    m2 = at::empty_like(mean);
+    rstd = at::empty_like(mean);
+    if (z.numel() == 0) {
+      if (tracked) tracked->add_(1);
+      mean.zero_();
+      m2.zero_();
+      rstd.fill_(eps > 0 ? 1 / std::sqrt(eps) : 0.0);
+      return;
+    }
+    Device& device = call.device();
+    const auto updated = [&](const OptionalTensor& t, Tensor& own, const char* name) -> ChannelVector {
+      if (!t) return {};
+      own = t->contiguous();
+      return {device.updated(own, name), dtype_of(own, name)};
+    };
+    FwdReduce& a = arguments;
+    a.view = view_of(z, {});
+    a.split = Split(a.view, kReduceLoads, 1);
+    a.dtype = dtype_of(z, "z");
+    a.z = device.input(z, "z");
+    a.workspace = call.workspace(a.view, a.split, FwdReduce::kValues);
+    a.mean = device.output(mean, "mean");
+    a.m2 = device.output(m2, "m2");
+    a.rstd = device.output(rstd, "rstd");
+    a.running_mean = updated(running_mean, own_mean, "running_mean");
+    a.running_var = updated(running_var, own_var, "running_var");
+    a.tracked = nullptr;
+    if (tracked) {
+      TORCH_CHECK(tracked->scalar_type() == at::kLong && tracked->numel() == 1, "bnfast: num_batches_tracked is ",
+                  tracked->scalar_type(), " ", tracked->sizes(), "; it must hold one int64");
+      a.tracked = static_cast<int64_t*>(device.updated(*tracked, "num_batches_tracked"));
+    }
+    a.averages = !momentum;
+    a.momentum = momentum.value_or(0.0);
+    a.eps = eps;
+  }
+
+  void finish() {
+    for (const auto& [owner, own] : {std::pair(running_mean, own_mean), std::pair(running_var, own_var)}) {
+      if (!owner) continue;
+      if (own.is_same(*owner)) owner->unsafeGetTensorImpl()->bump_version();
+      else owner->copy_(own);
+    }
+    if (tracked) tracked->unsafeGetTensorImpl()->bump_version();
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTensor running_mean, OptionalTensor running_var,
                                                  OptionalTensor num_batches_tracked, std::optional<double> momentum,
                                                  double eps) {
   check_running(z_in, running_mean, running_var, num_batches_tracked, momentum);
-  const DType dtype = dtype_of(z_in, "z");
+  dtype_of(z_in, "z");
   Call call(z_in);
-  Device& device = call.device();
   const Tensor z = dense(z_in);
-  const auto options = z.options().dtype(accumulator(z)).memory_format(at::MemoryFormat::Contiguous);
-  Tensor mean = at::empty({z.size(1)}, options), m2 = at::empty_like(mean), rstd = at::empty_like(mean);
-  if (z.numel() == 0) {
-    if (num_batches_tracked) num_batches_tracked->add_(1);
-    return {mean.zero_(), m2.zero_(), rstd.fill_(eps > 0 ? 1 / std::sqrt(eps) : 0.0)};
+  Moments m(call, z, running_mean, running_var, num_batches_tracked, momentum, eps);
+  if (z.numel() != 0) {
+    call.device().check(launch_bn_fwd_reduce(m.arguments, call.device().stream()), "bn_fwd_reduce");
+    m.finish();
   }
-  // A kernel updates what lies in one piece; the rest comes back by a copy.
-  const auto in_one_piece = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
-  const Tensor own_mean = in_one_piece(running_mean), own_var = in_one_piece(running_var);
-  const auto updated = [&](const Tensor& t, const char* name) -> ChannelVector {
-    if (!t.defined()) return {};
-    return {device.updated(t, name), dtype_of(t, name)};
-  };
-  FwdReduce a;
-  a.view = view_of(z, {});
-  a.split = Split(a.view, kReduceLoads);
-  a.dtype = dtype;
-  a.z = device.input(z, "z");
-  a.workspace = call.workspace(a.view, a.split, FwdReduce::kValues);
-  a.mean = device.output(mean, "mean");
-  a.m2 = device.output(m2, "m2");
-  a.rstd = device.output(rstd, "rstd");
-  a.running_mean = updated(own_mean, "running_mean");
-  a.running_var = updated(own_var, "running_var");
-  a.tracked = nullptr;
-  if (num_batches_tracked) {
-    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1, "bnfast: num_batches_tracked is ",
-                num_batches_tracked->scalar_type(), " ", num_batches_tracked->sizes(), "; it must hold one int64");
-    a.tracked = static_cast<int64_t*>(device.updated(*num_batches_tracked, "num_batches_tracked"));
-  }
-  a.averages = !momentum;
-  a.momentum = momentum.value_or(0.0);
-  a.eps = eps;
-  device.check(launch_bn_fwd_reduce(a, device.stream()), "bn_fwd_reduce");
-  for (const auto& [owner, own] : {std::pair(running_mean, own_mean), std::pair(running_var, own_var)}) {
-    if (!owner) continue;
-    if (own.is_same(*owner)) owner->unsafeGetTensorImpl()->bump_version();
-    else owner->copy_(own);
-  }
-  if (num_batches_tracked) num_batches_tracked->unsafeGetTensorImpl()->bump_version();
-  return {mean, m2, rstd};
+  return {m.mean, m.m2, m.rstd};
 }
 
+// y and bits of z, which is dense: memory and arguments, but for the statistics.
+struct Output {
+  Tensor residual, y, bits;
+  FwdApply arguments;
+
+  Output(Call& call, const Tensor& z, const OptionalTensor& residual_in, c10::string_view act, double slope, bool want_bits) {
+    FwdApply& a = arguments;
+    a.dtype = dtype_of(z, "z");
+    a.act = act_of(act);
+    a.slope = slope;
+    residual = like(defined_or_empty(residual_in), z);
+    y = at::empty_like(z);
+    a.view = view_of(z, {residual, y});
+    bits = at::empty({want_bits ? a.view.bit_bytes() : 0}, z.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    if (z.numel() == 0) return;
+    Device& device = call.device();
+    a.z = device.input(z, "z");
+    a.residual = residual.defined() ? device.input(residual, "residual") : nullptr;
+    a.y = device.output(y, "y");
+    a.bits = want_bits ? static_cast<uint8_t*>(device.output(bits, "bits")) : nullptr;
+  }
+};
+
 std::tuple<Tensor, Tensor> bn_fwd_apply(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, OptionalTensor gamma,
-                                        OptionalTensor beta, OptionalTensor residual_in, c10::string_view act, double slope,
+                                        OptionalTensor beta, OptionalTensor residual, c10::string_view act, double slope,
                                         bool want_bits) {
   check_z(z_in);
-  if (residual_in) check_like(*residual_in, z_in, "residual");
-  FwdApply a;
-  a.dtype = dtype_of(z_in, "z");
-  a.act = act_of(act);
-  a.slope = slope;
+  if (residual) check_like(*residual, z_in, "residual");
   Call call(z_in);
-  Device& device = call.device();
-  const Tensor z = dense(z_in), residual = like(defined_or_empty(residual_in), z);
-  Tensor y = at::empty_like(z);
-  a.view = view_of(z, {residual, y});
-  Tensor bits = at::empty({want_bits ? a.view.bit_bytes() : 0}, z.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
-  if (z.numel() == 0) return {y, bits};
-  a.z = device.input(z, "z");
-  a.residual = residual.defined() ? device.input(residual, "residual") : nullptr;
-  a.y = device.output(y, "y");
-  a.bits = want_bits ? static_cast<uint8_t*>(device.output(bits, "bits")) : nullptr;
-  a.affine = call.affine(mean, rstd, gamma, beta);
-  device.check(launch_bn_fwd_apply(a, device.stream()), "bn_fwd_apply");
-  return {y, bits};
+  const Tensor z = dense(z_in);
+  Output out(call, z, residual, act, slope, want_bits);
+  if (z.numel() != 0) {
+    out.arguments.affine = call.affine(mean, rstd, gamma, beta);
+    call.device().check(launch_bn_fwd_apply(out.arguments, call.device().stream()), "bn_fwd_apply");
+  }
+  return {out.y, out.bits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_reduce_apply(const Tensor& z_in, OptionalTensor running_mean,
@@ -166,11 +202,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_reduce_apply(const Tensor& z_i
                                                                OptionalTensor gamma, OptionalTensor beta,
                                                                OptionalTensor residual, c10::string_view act, double slope,
                                                                bool want_bits) {
-  check_z(z_in);
+  check_running(z_in, running_mean, running_var, num_batches_tracked, momentum);
+  if (residual) check_like(*residual, z_in, "residual");
+  Call call(z_in);
+  Device& device = call.device();
   const Tensor z = dense(z_in);
-  const auto [mean, m2, rstd] = bn_fwd_reduce(z, running_mean, running_var, num_batches_tracked, momentum, eps);
-  const auto [y, bits] = bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, want_bits);
-  return {mean, rstd, y, bits};
+  Output out(call, z, residual, act, slope, want_bits);
+  Moments m(call, z, running_mean, running_var, num_batches_tracked, momentum, eps);
+  if (z.numel() == 0) return {m.mean, m.rstd, out.y, out.bits};
+  if (m.arguments.split.on_chip && has_clusters()) {
+    out.arguments.affine.gamma = call.vector(gamma, "gamma");
+    out.arguments.affine.beta = call.vector(beta, "beta");
+    device.check(launch_bn_fwd_reduce_apply({m.arguments, out.arguments}, device.stream()), "bn_fwd_reduce_apply");
+  } else {
+    device.check(launch_bn_fwd_reduce(m.arguments, device.stream()), "bn_fwd_reduce");
+    out.arguments.affine = call.affine(m.mean, m.rstd, gamma, beta);
+    device.check(launch_bn_fwd_apply(out.arguments, device.stream()), "bn_fwd_apply");
+  }
+  m.finish();
+  return {m.mean, m.rstd, out.y, out.bits};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------------
@@ -199,62 +249,105 @@ struct Backward {
     gradient.slope_from = bits ? Slope::kFromBits : residual.defined() ? Slope::kFromZAndResidual : Slope::kFromZ;
   }
 
-  // dy's memory is given as input unless it is to be overwritten.
-  void take(Call& call, const View& view, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
-            const OptionalTensor& beta, bool overwrites = false) {
+  void take(Call& call, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta) {
     Device& device = call.device();
-    gradient.dy = overwrites ? device.updated(dy, "dy") : device.input(dy, "dy");
+    const int64_t bytes = view_of(z, {}).bit_bytes();
+    gradient.dy = device.input(dy, "dy");
     gradient.z = device.input(z, "z");
     gradient.residual = residual.defined() ? device.input(residual, "residual") : nullptr;
     gradient.bits = nullptr;
     if (bits) {
-      TORCH_CHECK(bits->numel() == view.bit_bytes() && bits->is_contiguous(), "bnfast: bits holds ", bits->numel(), " bytes; ",
-                  view.bit_bytes(), " belong to z of shape ", z.sizes());
+      TORCH_CHECK(bits->numel() == bytes && bits->is_contiguous(), "bnfast: bits holds ", bits->numel(), " bytes; ",
+                  bytes, " belong to z of shape ", z.sizes());
       gradient.bits = static_cast<const uint8_t*>(device.input(*bits, "bits"));
     }
     gradient.affine = call.affine(mean, rstd, gamma, beta);
   }
 };
 
+// dgamma and dbeta: memory and arguments.
+struct Sums {
+  Tensor dgamma, dbeta;
+  BwdReduce arguments;
+
+  Sums(Call& call, const Backward& b) {
+    const auto options = b.z.options().dtype(accumulator(b.z)).memory_format(at::MemoryFormat::Contiguous);
+    dgamma = at::empty({b.z.size(1)}, options);
+    dbeta = at::empty_like(dgamma);
+    if (b.z.numel() == 0) {
+      dgamma.zero_();
+      dbeta.zero_();
+      return;
+    }
+    BwdReduce& a = arguments;
+    a.view = view_of(b.z, {b.dy, b.residual});
+    a.split = Split(a.view, kBwdReduceLoads, 2);
+    a.dtype = b.dtype;
+    a.gradient = b.gradient;
+    a.workspace = call.workspace(a.view, a.split, BwdReduce::kValues);
+    a.dgamma = call.device().output(dgamma, "dgamma");
+    a.dbeta = call.device().output(dbeta, "dbeta");
+  }
+};
+
+// dz, which may be b.dy itself, and dresidual: memory and arguments, but for dgamma and dbeta.
+struct InputGradient {
+  Tensor dz, dresidual;
+  BwdApply arguments;
+
+  InputGradient(Call& call, const Backward& b, const Tensor& dz_in, bool want_dresidual) : dz(dz_in) {
+    dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options().memory_format(at::MemoryFormat::Contiguous));
+    if (b.z.numel() == 0) return;
+    BwdApply& a = arguments;
+    a.view = view_of(b.z, {b.dy, b.residual, dz, want_dresidual ? dresidual : Tensor()});
+    a.dtype = b.dtype;
+    a.gradient = b.gradient;
+    a.dgamma = a.dbeta = nullptr;
+    a.dz = dz.is_same(b.dy) ? call.device().updated(dz, "dy") : call.device().output(dz, "dz");
+    a.dresidual = want_dresidual ? call.device().output(dresidual, "dresidual") : nullptr;
+  }
+};
+
 std::tuple<Tensor, Tensor> reduce(Backward& b, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
                                   const OptionalTensor& beta) {
   Call call(b.z);
-  Device& device = call.device();
-  const auto options = b.z.options().dtype(accumulator(b.z)).memory_format(at::MemoryFormat::Contiguous);
-  Tensor dgamma = at::empty({b.z.size(1)}, options), dbeta = at::empty_like(dgamma);
-  if (b.z.numel() == 0) return {dgamma.zero_(), dbeta.zero_()};
-  BwdReduce a;
-  a.view = view_of(b.z, {b.dy, b.residual});
-  a.split = Split(a.view, kBwdReduceLoads);
-  a.dtype = b.dtype;
-  b.take(call, a.view, mean, rstd, gamma, beta);
-  a.gradient = b.gradient;
-  a.workspace = call.workspace(a.view, a.split, BwdReduce::kValues);
-  a.dgamma = device.output(dgamma, "dgamma");
-  a.dbeta = device.output(dbeta, "dbeta");
-  device.check(launch_bn_bwd_reduce(a, device.stream()), "bn_bwd_reduce");
-  return {dgamma, dbeta};
+  if (b.z.numel() != 0) b.take(call, mean, rstd, gamma, beta);
+  Sums sums(call, b);
+  if (b.z.numel() != 0) call.device().check(launch_bn_bwd_reduce(sums.arguments, call.device().stream()), "bn_bwd_reduce");
+  return {sums.dgamma, sums.dbeta};
 }
 
 // dz may be b.dy itself. Returns dresidual.
-Tensor apply(Backward& b, Tensor& dz, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+Tensor apply(Backward& b, const Tensor& dz, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
              const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, bool want_dresidual) {
   Call call(b.z);
+  if (b.z.numel() != 0) b.take(call, mean, rstd, gamma, beta);
+  InputGradient found(call, b, dz, want_dresidual);
+  if (b.z.numel() == 0) return found.dresidual;
+  found.arguments.dgamma = call.values(dgamma, "dgamma");
+  found.arguments.dbeta = call.values(dbeta, "dbeta");
+  call.device().check(launch_bn_bwd_apply(found.arguments, call.device().stream()), "bn_bwd_apply");
+  return found.dresidual;
+}
+
+// Both. dz may be b.dy itself. Returns dgamma, dbeta, dresidual.
+std::tuple<Tensor, Tensor, Tensor> reduce_and_apply(Backward& b, const Tensor& dz, const Tensor& mean, const Tensor& rstd,
+                                                    const OptionalTensor& gamma, const OptionalTensor& beta, bool want_dresidual) {
+  Call call(b.z);
   Device& device = call.device();
-  Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options().memory_format(at::MemoryFormat::Contiguous));
-  if (b.z.numel() == 0) return dresidual;
-  const bool overwrites = dz.is_same(b.dy);
-  BwdApply a;
-  a.view = view_of(b.z, {b.dy, b.residual, dz, want_dresidual ? dresidual : Tensor()});
-  a.dtype = b.dtype;
-  b.take(call, a.view, mean, rstd, gamma, beta, overwrites);
-  a.gradient = b.gradient;
-  a.dgamma = call.values(dgamma, "dgamma");
-  a.dbeta = call.values(dbeta, "dbeta");
-  a.dz = overwrites ? const_cast<void*>(a.gradient.dy) : device.output(dz, "dz");
-  a.dresidual = want_dresidual ? device.output(dresidual, "dresidual") : nullptr;
-  device.check(launch_bn_bwd_apply(a, device.stream()), "bn_bwd_apply");
-  return dresidual;
+  if (b.z.numel() != 0) b.take(call, mean, rstd, gamma, beta);
+  Sums sums(call, b);
+  InputGradient found(call, b, dz, want_dresidual);
+  if (b.z.numel() == 0) return {sums.dgamma, sums.dbeta, found.dresidual};
+  if (sums.arguments.split.on_chip && has_clusters()) {
+    device.check(launch_bn_bwd_reduce_apply({sums.arguments, found.arguments}, device.stream()), "bn_bwd_reduce_apply");
+  } else {
+    device.check(launch_bn_bwd_reduce(sums.arguments, device.stream()), "bn_bwd_reduce");
+    found.arguments.dgamma = sums.arguments.dgamma;
+    found.arguments.dbeta = sums.arguments.dbeta;
+    device.check(launch_bn_bwd_apply(found.arguments, device.stream()), "bn_bwd_apply");
+  }
+  return {sums.dgamma, sums.dbeta, found.dresidual};
 }
 
 std::tuple<Tensor, Tensor> bn_bwd_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
@@ -291,9 +384,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_bwd_reduce_apply(const Tensor& dy,
                                                                OptionalTensor residual, OptionalTensor bits,
                                                                c10::string_view act, double slope, bool want_dresidual) {
   Backward b(dy, z, residual, bits, act, slope);
-  const auto [dgamma, dbeta] = reduce(b, mean, rstd, gamma, beta);
   Tensor dz = at::empty_like(b.z);
-  Tensor dresidual = apply(b, dz, mean, rstd, gamma, beta, dgamma, dbeta, want_dresidual);
+  const auto [dgamma, dbeta, dresidual] = reduce_and_apply(b, dz, mean, rstd, gamma, beta, want_dresidual);
   return {dgamma, dbeta, dz, dresidual};
 }
 
@@ -303,8 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_reduce_apply_(Tensor& dy, const Tensor
                                                         bool want_dresidual) {
   check_writable(dy, z, residual);
   Backward b(dy, z, residual, bits, act, slope);
-  const auto [dgamma, dbeta] = reduce(b, mean, rstd, gamma, beta);
-  Tensor dresidual = apply(b, b.dy, mean, rstd, gamma, beta, dgamma, dbeta, want_dresidual);
+  const auto [dgamma, dbeta, dresidual] = reduce_and_apply(b, b.dy, mean, rstd, gamma, beta, want_dresidual);
   if (!b.dy.is_same(dy)) dy.copy_(b.dy);   // dy came in another layout
   return {dgamma, dbeta, dresidual};
 }

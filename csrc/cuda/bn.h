@@ -29,6 +29,10 @@ constexpr int kBlocks = 1024;      // ... and about how many there are in all: f
 constexpr int kLeastBlocks = 256;  // more than this many only where each has
 constexpr int kManyValues = 512;   // this many values per channel, and never with fewer than
 constexpr int kLeastValues = 256;  // this many: partial results are then a hundredth of what is moved
+constexpr int kMostInCluster = 8;            // blocks of a cluster, on any device that has them
+constexpr int64_t kOnChip = 200 * 1024;      // bytes of shared memory that a block fills with values
+constexpr int kLeastOnChipBlocks = 128;      // with fewer the machine is better used in two passes
+constexpr int kMostOnChipBlocks = 1 << 20;
 constexpr int kReduceLoads = 8;    // slots in flight per thread, by phase
 constexpr int kFwdApplyLoads = 4;
 constexpr int kBwdReduceLoads = 4;
@@ -62,8 +66,13 @@ struct View {
         one_over_count(1.0 / static_cast<double>(std::max<int64_t>(1, batch * plane))) {
     const int64_t bytes = ceil_div(length, 8) + (!columns && length % 8 != 0);
     slots = bytes * 8 / width;
-    column_bits = 0;
-    while ((1 << column_bits) < std::min<int64_t>(slots, kMostColumns)) ++column_bits;
+    int bits = 0;
+    while (columns && (1 << bits) < std::min<int64_t>(slots, kMostColumns)) ++bits;
+    set_columns(bits);
+  }
+
+  void set_columns(int bits) {
+    column_bits = bits;
     tiles = static_cast<int>(columns ? ceil_div(slots, int64_t{1} << column_bits) : channels);
     tile_channels = columns ? width << column_bits : 1;
   }
@@ -72,24 +81,43 @@ struct View {
 };
 
 // How a reduction is cut into blocks: tiles x splits, each of `steps` times the slots that its threads have in flight. Depends on
-// the shape alone.
+// the shape alone. `on_chip`: the splits of a tile hold all their values in shared memory, and are few enough to form a cluster of
+// blocks, which read each other's: the two phases in one read the tensors once (bn_fwd_reduce_apply, bn_bwd_reduce_apply).
 struct Split {
   int splits;
   int64_t steps;
+  bool on_chip;
 
   Split() = default;
-  Split(const View& v, int loads) {
-    const int64_t per_step = columns_step(v, loads);
-    const int64_t all = v.columns ? v.lines : v.lines / v.channels * v.slots;
-    const int64_t whole = ceil_div(all, per_step);
+  // Narrows the blocks of v where that brings its values on chip. tensors: how many a block has to keep.
+  Split(View& v, int loads, int tensors) {
+    on_chip = true;
+    const int widest = v.column_bits, narrowest = v.columns ? 8 / v.width > 2 ? 2 : 1 : 0;   // 32 bytes, and whole bytes of bits
+    for (int bits = widest; bits >= std::min(widest, narrowest); --bits) {
+      v.set_columns(bits);
+      for (splits = 1; splits <= kMostInCluster; splits *= 2) {
+        const int64_t whole = steps_of_all(v, loads);
+        steps = ceil_div(whole, splits);
+        const bool fits = kept_bytes(loads, tensors) <= kOnChip && int64_t{v.tiles} * splits <= kMostOnChipBlocks;
+        if (fits && splits <= whole && v.tiles * splits >= kLeastOnChipBlocks) return;
+      }
+    }
+    on_chip = false;
+    v.set_columns(widest);
+    const int64_t whole = steps_of_all(v, loads);
     const int64_t least = std::max(1, kLeastBlocks / v.tiles), most = std::max(1, kBlocks / v.tiles);
     const int64_t wanted = std::min(std::clamp(v.count / kManyValues, least, most), std::max<int64_t>(1, v.count / kLeastValues));
     steps = ceil_div(whole, std::min({whole, wanted, int64_t{kMostSplits}}));
     splits = static_cast<int>(ceil_div(whole, steps));
   }
-  // Lines of columns, or slots of a plane, that a block takes at once.
-  static int64_t columns_step(const View& v, int loads) {
-    return v.columns ? (kThreads >> v.column_bits) * loads : kThreads * loads;
+
+  // Bytes of shared memory for the values of a block.
+  int64_t kept_bytes(int loads, int tensors) const { return steps * loads * tensors * kThreads * 16; }
+
+ private:
+  static int64_t steps_of_all(const View& v, int loads) {
+    if (v.columns) return ceil_div(v.lines, (kThreads >> v.column_bits) * loads);
+    return ceil_div(v.lines / v.channels * v.slots, kThreads * loads);
   }
 };
 
@@ -168,10 +196,27 @@ struct BwdApply {
   void* dresidual;              // or null
 };
 
+// Two phases in one: the reduction's view and split are that of both.
+struct FwdReduceApply {
+  FwdReduce reduce;
+  FwdApply apply;
+};
+
+struct BwdReduceApply {
+  BwdReduce reduce;
+  BwdApply apply;
+};
+
+// Whether the current device, and what was compiled, has clusters of blocks: the launchers of two phases in one need them, and
+// splits that are on_chip.
+bool has_clusters();
+
 // Each starts one kernel on a CUDA stream (cudaStream_t), for a tensor that is not empty, and returns a cudaError_t.
 int launch_bn_fwd_reduce(const FwdReduce&, void* stream);
 int launch_bn_fwd_apply(const FwdApply&, void* stream);
 int launch_bn_bwd_reduce(const BwdReduce&, void* stream);
 int launch_bn_bwd_apply(const BwdApply&, void* stream);
+int launch_bn_fwd_reduce_apply(const FwdReduceApply&, void* stream);
+int launch_bn_bwd_reduce_apply(const BwdReduceApply&, void* stream);
 
 }  // namespace bnfast::cuda

@@ -28,10 +28,12 @@ namespace cuda_emulator {
 // ---- for whoever launches ---------------------------------------------------------------------------------------------
 
 // Runs all blocks. Throws std::runtime_error for the first thing that is wrong; what the launch wrote until then stays.
-void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void (*run)(const void*), const void* body);
+// cluster: so many blocks side by side in y are there at once, and form a cluster.
+void launch(const char* kernel, dim3 blocks, unsigned cluster, dim3 threads, size_t shared_bytes, void (*run)(const void*),
+            const void* body);
 template <class F>
-void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes, const F& body) {
-  launch(kernel, blocks, threads, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body);
+void launch(const char* kernel, dim3 blocks, unsigned cluster, dim3 threads, size_t shared_bytes, const F& body) {
+  launch(kernel, blocks, cluster, threads, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body);
 }
 
 // Kernels may read [at, at + bytes), and write where writable; nothing else but what they put there is known where not filled.
@@ -52,6 +54,9 @@ void* shared_array(const void* key, size_t bytes);
 void* dynamic_shared();
 
 void sync_threads();
+void sync_cluster();
+// Where the block of that rank in the cluster has what this one has at `mine`.
+const void* shared_of_rank(const void* mine, unsigned rank);
 void sync_warp(unsigned mask);
 void thread_fence();
 
@@ -90,7 +95,10 @@ template <class T> __attribute__((no_sanitize("thread"))) void write_once(T* at,
 
 #define BNFAST_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                                          \
   (static_cast<void>(stream),                                                                                      \
-   ::cuda_emulator::launch(#kernel, blocks, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
+   ::cuda_emulator::launch(#kernel, blocks, 1, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
+#define BNFAST_LAUNCH_CLUSTERS(kernel, blocks, cluster, threads, shared_bytes, stream, ...)                        \
+  (static_cast<void>(stream),                                                                                      \
+   ::cuda_emulator::launch(#kernel, blocks, cluster, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
 #define BNFAST_SHARED(type, name, count)   \
   static const char name##_key = 0;        \
   type* const name = static_cast<type*>(::cuda_emulator::shared_array(&name##_key, sizeof(type) * (count)))

@@ -23,7 +23,7 @@
 namespace cuda_emulator {
 namespace {
 
-constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostResident = 3;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostResident = 3, kMostInCluster = 8;
 constexpr size_t kPage = 4096;
 
 // ---- who did what to a byte -----------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ struct Region {
 
 // ---- threads, warps, blocks -------------------------------------------------------------------------------------------------
 
-enum class State { kReady, kAtBarrier, kAtExchange, kDone };
+enum class State { kReady, kAtBarrier, kAtCluster, kAtExchange, kDone };
 
 using Blocks = std::vector<bool>;   // a set of blocks of the grid
 void add(Blocks& to, const Blocks& from) {
@@ -127,6 +127,7 @@ struct Block {
   std::map<const void*, std::pair<size_t, size_t>> arrays;   // key -> (offset, bytes)
   size_t used = 0, dynamic = 0;
   Region shared;
+  std::vector<Block*> cluster;   // by rank, itself among them
 
   bool has(size_t offset, size_t bytes) const {
     if (offset + bytes <= dynamic) return true;
@@ -139,6 +140,7 @@ struct Block {
 struct Launch {
   std::string kernel;
   dim3 blocks, threads;
+  unsigned cluster = 1;
   size_t shared_bytes = 0;
   void (*run)(const void*) = nullptr;
   const void* body = nullptr;
@@ -195,6 +197,8 @@ void wait(State state) {
   switch_to(running->fiber, scheduler);
 }
 
+size_t thread_count() { return size_t{launched->threads.x} * launched->threads.y * launched->threads.z; }
+
 Stamp now() { return {running->block->number, running->number, running->block->phase, running->warp_phase}; }
 
 // Whether nothing orders what another thread of this block did at `s` before what this one does now.
@@ -211,8 +215,9 @@ bool is_foreign(const Stamp& s) {
 }
 
 Region* region_of(uintptr_t at) {
-  Region& shared = running->block->shared;
-  if (at >= shared.begin && at < shared.end) return &shared;
+  for (Block* b : running->block->cluster) {
+    if (at >= b->shared.begin && at < b->shared.end) return &b->shared;
+  }
   const auto after = std::upper_bound(regions.begin(), regions.end(), at,
                                       [](uintptr_t a, const std::unique_ptr<Region>& r) { return a < r->begin; });
   if (after == regions.begin()) return nullptr;
@@ -302,8 +307,6 @@ std::unique_ptr<Block> make_block(int number) {
   return block;
 }
 
-size_t thread_count() { return size_t{launched->threads.x} * launched->threads.y * launched->threads.z; }
-
 // Lets the lanes that wait for each other go on, if all are there. Returns whether any could.
 bool resolve_warp(Block& block, size_t first) {
   const size_t last = std::min(first + kWarp, thread_count());
@@ -316,7 +319,7 @@ bool resolve_warp(Block& block, size_t first) {
       if (!(t.mask >> j & 1)) continue;
       if (first + j >= last) stop(where(t), "lane " + std::to_string(j) + " of the mask does not exist");
       const Thread& other = block.threads[first + j];
-      if (other.state == State::kDone || other.state == State::kAtBarrier) {
+      if (other.state == State::kDone || other.state == State::kAtBarrier || other.state == State::kAtCluster) {
         stop(where(t), "exchange between lanes: lane " + std::to_string(j) + " of the mask is absent, it " +
              (other.state == State::kDone ? "has ended" : "waits at a barrier"));
       }
@@ -361,8 +364,26 @@ bool resolve_warp(Block& block, size_t first) {
   return moved;
 }
 
-// Runs every thread that can run once. Returns false when the block has ended.
-bool run_round(Block& block, std::mt19937_64& random) {
+// Behind a barrier: what happened before is seen by all.
+void pass_barrier(Block& block) {
+  ++block.phase;
+  for (size_t i = 0; i < thread_count(); ++i) {
+    Thread& t = block.threads[i];
+    add(block.acquired, t.acquired);
+    t.fenced = false;
+    t.state = State::kReady;
+  }
+}
+
+size_t count_in(const Block& block, State state) {
+  return static_cast<size_t>(std::count_if(block.threads.begin(), block.threads.begin() + static_cast<ptrdiff_t>(thread_count()),
+                                           [&](const Thread& t) { return t.state == state; }));
+}
+
+enum class Round { kGoesOn, kWaitsForCluster, kEnded };
+
+// Runs every thread that can run once.
+Round run_round(Block& block, std::mt19937_64& random) {
   const size_t count = thread_count();
   size_t step = random() % count + 1;
   while (std::gcd(step, count) != 1) ++step;
@@ -375,47 +396,82 @@ bool run_round(Block& block, std::mt19937_64& random) {
     running = &t;
     switch_to(scheduler, t.fiber);
     running = nullptr;
-    if (!problem.empty()) return false;
+    if (!problem.empty()) throw std::runtime_error("cuda_emulator: " + problem);
   }
   for (size_t first = 0; first < count; first += kWarp) moved = resolve_warp(block, first) || moved;
-  if (moved) return true;
-  size_t waiting = 0, done = 0;
-  for (size_t i = 0; i < count; ++i) {
-    waiting += block.threads[i].state == State::kAtBarrier;
-    done += block.threads[i].state == State::kDone;
-  }
-  if (done == count) return false;
+  if (moved) return Round::kGoesOn;
+  const size_t waiting = count_in(block, State::kAtBarrier), done = count_in(block, State::kDone);
+  const size_t at_cluster = count_in(block, State::kAtCluster);
+  if (done == count) return Round::kEnded;
+  if (at_cluster == count) return Round::kWaitsForCluster;
   if (waiting != count) {
-    stop("block " + std::to_string(block.number), std::to_string(waiting) + " of " + std::to_string(count) +
+    stop("block " + std::to_string(block.number), std::to_string(waiting + at_cluster) + " of " + std::to_string(count) +
          " threads reached a barrier, " + std::to_string(done) + " have ended");
   }
-  ++block.phase;
-  for (size_t i = 0; i < count; ++i) {
-    Thread& t = block.threads[i];
-    add(block.acquired, t.acquired);
-    t.fenced = false;
-    t.state = State::kReady;
+  pass_barrier(block);
+  return Round::kGoesOn;
+}
+
+// Blocks that are there together: one, or a cluster.
+using Group = std::vector<std::unique_ptr<Block>>;
+
+Group make_group(int64_t number) {
+  // Clusters are counted x first, as blocks are; their blocks lie side by side in y.
+  const int64_t width = launched->blocks.x, size = launched->cluster;
+  const int64_t first = number / width * width * size + number % width;
+  Group group;
+  for (int64_t rank = 0; rank < size; ++rank) group.push_back(make_block(static_cast<int>(first + rank * width)));
+  for (const auto& block : group) {
+    block->cluster.clear();
+    for (const auto& other : group) block->cluster.push_back(other.get());
+  }
+  return group;
+}
+
+// Runs every thread of the group that can run once. Returns false when all its blocks have ended.
+bool run_group(Group& group, std::mt19937_64& random) {
+  size_t ended = 0, waiting = 0;
+  const size_t first = random() % group.size();
+  for (size_t i = 0; i < group.size(); ++i) {
+    const Round round = run_round(*group[(first + i) % group.size()], random);
+    ended += round == Round::kEnded;
+    waiting += round == Round::kWaitsForCluster;
+  }
+  if (ended == group.size()) return false;
+  if (ended > 0 && ended + waiting == group.size()) {
+    stop("block " + std::to_string(group[0]->number), "a barrier of the cluster that not all of its blocks reach");
+  }
+  if (waiting == group.size()) {
+    Blocks all;
+    for (const auto& block : group) {
+      Blocks own(static_cast<size_t>(block->number) + 1);
+      own[static_cast<size_t>(block->number)] = true;
+      add(all, own);
+      add(all, block->acquired);
+    }
+    for (const auto& block : group) {
+      pass_barrier(*block);
+      add(block->acquired, all);
+    }
   }
   return true;
 }
 
 void run_all(std::mt19937_64& random) {
-  const int64_t count = int64_t{launched->blocks.x} * launched->blocks.y * launched->blocks.z;
-  std::vector<int> order;
+  const int64_t count = int64_t{launched->blocks.x} * launched->blocks.y * launched->blocks.z / launched->cluster;
+  std::vector<int64_t> order;
   for (int64_t i = 0; i < count; ++i) {
-    if (only_ends == 0 || i < only_ends || i >= count - only_ends) order.push_back(static_cast<int>(i));
+    if (only_ends == 0 || i < only_ends || i >= count - only_ends) order.push_back(i);
   }
   std::shuffle(order.begin(), order.end(), random);
-  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<Group> resident;
   const size_t most = random() % kMostResident + 1;
   size_t next = 0;
   while (next < order.size() || !resident.empty()) {
-    while (next < order.size() && resident.size() < most) resident.push_back(make_block(order[next++]));
+    while (next < order.size() && resident.size() < most) resident.push_back(make_group(order[next++]));
     const size_t chosen = random() % resident.size();
-    const bool goes_on = run_round(*resident[chosen], random);
-    if (!problem.empty()) throw std::runtime_error("cuda_emulator: " + problem);
-    if (!goes_on) {
-      idle.push_back(std::move(resident[chosen]));
+    if (!run_group(resident[chosen], random)) {
+      for (auto& block : resident[chosen]) idle.push_back(std::move(block));
       resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
     }
   }
@@ -465,19 +521,21 @@ void forget_all() { regions.clear(); }
 
 bool runs_all_blocks() { return only_ends == 0; }
 
-void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void (*run)(const void*), const void* body) {
+void launch(const char* kernel, dim3 blocks, unsigned cluster, dim3 threads, size_t shared_bytes, void (*run)(const void*), const void* body) {
   Launch launch;
   launch.kernel = std::string(kernel);
   launch.kernel = launch.kernel.substr(launch.kernel.find_first_not_of('('));
   launch.kernel = launch.kernel.substr(0, launch.kernel.find_first_of("<)"));
   launch.blocks = blocks;
+  launch.cluster = cluster;
   launch.threads = threads;
   launch.shared_bytes = shared_bytes;
   launch.run = run;
   launch.body = body;
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   if (count == 0 || count > kMostThreads || blocks.x == 0 || blocks.y == 0 || blocks.z == 0 || blocks.y > 65535 ||
-      blocks.z > 65535 || blocks.x > 2147483647u || shared_bytes > kSharedBytes) {
+      blocks.z > 65535 || blocks.x > 2147483647u || shared_bytes > kSharedBytes || cluster == 0 ||
+      cluster > kMostInCluster || blocks.y % cluster != 0) {
     throw std::runtime_error("cuda_emulator: " + launch.kernel + ": no device takes this grid");
   }
   pthread_attr_t attributes;
@@ -530,6 +588,26 @@ void* dynamic_shared() { return reinterpret_cast<void*>(running->block->shared.b
 void sync_threads() {
   const Unwatched scope;
   wait(State::kAtBarrier);
+}
+
+void sync_cluster() {
+  const Unwatched scope;
+  wait(State::kAtCluster);
+}
+
+const void* shared_of_rank(const void* mine, unsigned rank) {
+  const Unwatched scope;
+  const Block& b = *running->block;
+  if (rank >= b.cluster.size()) fail("no block of rank " + std::to_string(rank) + " is in the cluster");
+  const Block& other = *b.cluster[rank];
+  const size_t offset = reinterpret_cast<uintptr_t>(mine) - b.shared.begin;
+  for (const auto& [key, array] : b.arrays) {
+    if (offset < array.first || offset >= array.first + array.second) continue;
+    const auto found = other.arrays.find(key);
+    if (found == other.arrays.end()) fail("block " + std::to_string(other.number) + " has not come to that shared memory yet");
+    return reinterpret_cast<const void*>(other.shared.begin + found->second.first + (offset - array.first));
+  }
+  return reinterpret_cast<const void*>(other.shared.begin + offset);   // dynamic
 }
 
 void sync_warp(unsigned mask) {
@@ -616,7 +694,9 @@ void saw(const void* at, size_t bytes, bool writes) {
     }
     fail(out.str());
   }
-  if (r == &running->block->shared && !running->block->has(address - r->begin, bytes)) {
+  const auto& cluster = running->block->cluster;
+  const auto owner = std::find_if(cluster.begin(), cluster.end(), [&](Block* b) { return r == &b->shared; });
+  if (owner != cluster.end() && !(*owner)->has(address - r->begin, bytes)) {
     fail((writes ? "writes " : "reads ") + std::to_string(bytes) + " bytes of shared memory outside of all arrays");
   }
   if (address + bytes > r->end) fail((writes ? "writes " : "reads ") + place(*r, address) + ": past the end");
@@ -627,7 +707,12 @@ void saw(const void* at, size_t bytes, bool writes) {
   (writes ? r->traffic.written : r->traffic.read) += bytes;
   ++(writes ? r->traffic.write_widths : r->traffic.read_widths)[bytes];
   for (size_t i = 0; i < bytes; ++i) check_byte(*r, address + i, writes);
-  if (writes && r != &running->block->shared) running->fenced = false;
+  if (owner != cluster.end() && *owner != running->block &&
+      std::any_of((*owner)->threads.begin(), (*owner)->threads.begin() + static_cast<ptrdiff_t>(thread_count()),
+                  [](const Thread& t) { return t.state == State::kDone; })) {
+    fail("touches shared memory of block " + std::to_string((*owner)->number) + " of the cluster, which has ended");
+  }
+  if (writes && owner == cluster.end()) running->fenced = false;
 }
 
 }  // namespace cuda_emulator

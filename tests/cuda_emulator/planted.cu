@@ -25,6 +25,8 @@ enum Bug {
   kSharedEnd,
   kMisaligned,
   kReadOnly,
+  kNoClusterBarrier,
+  kEndsTooEarly,
   kBugs
 };
 
@@ -94,12 +96,23 @@ __global__ void halve_kernel(const Arguments a) {
   if (i < kCount) a.doubled[i] *= 0.5f;
 }
 
+// Each block takes what its neighbour in the cluster has; into the first element of `doubled` that belongs to it.
+template <Bug kBug>
+__global__ void cluster_kernel(const Arguments a) {
+  BNFAST_SHARED(float, mine, 1);
+  if (threadIdx.x == 0) mine[0] = static_cast<float>(blockIdx.y + 1);
+  if (kBug != kNoClusterBarrier) cluster_sync();
+  if (threadIdx.x == 0) a.doubled[blockIdx.y] = 2 * cluster_value(mine, blockIdx.y ^ 1);
+  if (kBug != kEndsTooEarly) cluster_sync();
+}
+
 template <int kBug>
 void run(int bug, const Arguments& a) {
   if constexpr (kBug < kBugs) {
     if (bug != kBug) return run<kBug + 1>(bug, a);
     void* const stream = nullptr;
     BNFAST_LAUNCH((sum_kernel<static_cast<Bug>(kBug)>), kBlocks, kThreads, kThreads * sizeof(float), stream, a);
+    BNFAST_LAUNCH_CLUSTERS((cluster_kernel<static_cast<Bug>(kBug)>), dim3(1, 4), 4, kThreads, 0, stream, a);
     BNFAST_LAUNCH(halve_kernel, kBlocks, kThreads, 0, stream, a);
   }
 }
