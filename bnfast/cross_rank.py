@@ -22,7 +22,7 @@ from .reference import rstd_of, update_running_statistics
 
 def group_of(bn: nn.Module) -> Any:
     """The process group over which a module takes its batch statistics now; None where it takes its own alone."""
-    if not (hasattr(bn, "process_group") and bn.training):
+    if not ("process_group" in bn.__dict__ and bn.training):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None

@@ -288,21 +288,14 @@ def _unit(
             dilation, groups = conv.dilation, conv.groups
     if not _squeeze_fits(x, squeeze):
         return None
-    if bn is None:
-        norm = (False,)
-    else:
+    norm, group = _NO_NORM, None
+    if bn is not None:
         bn._check_input_dim(x)  # a frozen convolution keeps the number of dimensions
-        norm = (True, *_norm_fields(bn))
-    unit = ops.Unit(weight, bias, stride, padding, dilation, groups, *norm)
-    return unit._replace(
-        residual=residual,
-        act=act,
-        negative_slope=slope,
-        squeeze=None if squeeze is None else _squeeze_unit(*squeeze),
-        group=None if bn is None else cross_rank.group_of(bn),
-        source=source,
-        residual_source=residual_source,
-    )
+        norm, group = _norm_fields(bn), cross_rank.group_of(bn)
+    if squeeze is not None:
+        squeeze = _squeeze_unit(*squeeze)
+    rest = (residual, act, slope, squeeze, group, source, residual_source)
+    return ops.Unit(weight, bias, stride, padding, dilation, groups, *norm, *rest)
 
 
 def _held(module: nn.Module, name: str) -> Tensor | None:
@@ -384,8 +377,12 @@ def _squeeze(x: Tensor, reduce: nn.Conv2d, act: str, expand: nn.Conv2d, gate: st
     return x * (torch.sigmoid(scale) if gate == "sigmoid" else F.hardsigmoid(scale))
 
 
+# What _norm_fields gives where there is no BatchNorm.
+_NO_NORM = (False, True, None, None, None, None, None, 0.1, 1e-5)
+
+
 def _norm_fields(bn: nn.Module) -> tuple:
-    """From use_batch_statistics to eps of an `ops.Unit`: BatchNorm's rules about its mode, buffers and momentum, as in
+    """From normalize to eps of an `ops.Unit`: BatchNorm's rules about its mode, buffers and momentum, as in
     nn.BatchNorm2d.forward."""
     training, momentum = bn.training, bn.momentum
     mean, var = bn.running_mean, bn.running_var
@@ -398,7 +395,7 @@ def _norm_fields(bn: nn.Module) -> tuple:
     if momentum is None and tracked is None:
         momentum = 0.0
     affine = (_held(bn, "weight"), _held(bn, "bias"))
-    return use_batch, *affine, mean, var, tracked, momentum, bn.eps
+    return True, use_batch, *affine, mean, var, tracked, momentum, bn.eps
 
 
 # ---- planned blocks ----------------------------------------------------------------------------------------------------

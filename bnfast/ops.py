@@ -291,10 +291,10 @@ class _Chain(torch.autograd.Function):
                     z = x
                     mean, rstd, y, bits = phases.bn_fwd_reduce_apply(z, *stats, *affine)
                 else:
-                    sizes = conv_output_size(
-                        x.shape[2:], weight, spec.stride, spec.padding, spec.dilation
-                    )
-                    _check_count([x.shape[0], weight.shape[0], *sizes])
+                    if x.shape[0] == 1:
+                        geometry = (spec.stride, spec.padding, spec.dilation)
+                        sizes = conv_output_size(x.shape[2:], weight, *geometry)
+                        _check_count([1, weight.shape[0], *sizes])
                     before = waiting.get(spec.source)
                     waits = residual is None and _readers_apply(specs, fuses, readers[i], i, x)
                     if before is None and residual_waits is None and not waits:

@@ -227,7 +227,7 @@ def launch_dgrad(
         ACC=TRITON_DTYPES[acc],
         PRECISION=precision(dy.dtype),
         num_warps=THREADS // launch.LANES,
-        num_stages=2,
+        num_stages=2 if dy.dtype.itemsize == 2 else 1,
     )
     return dx, parts
 

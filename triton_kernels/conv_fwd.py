@@ -21,7 +21,7 @@ from .layout import MOST_SPLITS, PROGRAMS, cdiv
 
 BLOCK_M, BLOCK_K, BLOCK_J = 64, 64, 32
 # With fewer the sums do not fit into the registers of every chip, with more a thread loads less than 16 bytes at once; for the same
-# reason fewer loads are in flight (num_stages) where a prologue needs registers.
+# reason fewer loads are in flight (num_stages) where a prologue, or float32, needs the registers.
 THREADS = 256
 # Pixels of a split at least: its partial results of a channel are then a sixteenth of what it writes, or less.
 LEAST_VALUES = 256
@@ -179,7 +179,7 @@ def launch_conv(
         ACC=TRITON_DTYPES[acc],
         PRECISION=precision(x.dtype),
         num_warps=THREADS // launch.LANES,
-        num_stages=3 if norm is None else 2 if x.dtype.itemsize == 2 else 1,
+        num_stages=3 if norm is None or x.dtype.itemsize == 2 else 1,
     )
     return z, parts
 
