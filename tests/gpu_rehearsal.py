@@ -1,6 +1,6 @@
 """A rehearsal of the GPU tests and benches on a machine without a GPU, as a pytest plugin: python -m pytest -p gpu_rehearsal -m gpu
 
-PyTorch is made to say that it sees one GPU; what is put on it lies in the CPU's memory, and where the Triton backend would
+PyTorch is made to say that it sees one GPU; what is put on it lies in the CPU's memory, and where a backend would
 launch kernels the reference's phases run. All else is what a GPU would meet: devices chosen, tests collected and run, peers
 timed, reports written. What needs a real device (graphs, gigabytes) skips.
 """
@@ -40,8 +40,17 @@ class _Stream:
         pass
 
 
+class _Generator(torch.Generator):
+    def __new__(cls, device: object = CPU) -> "_Generator":
+        return super().__new__(cls, CPU)
+
+
 def _no_graph() -> None:
     pytest.skip("a rehearsal: graphs need a GPU")
+
+
+def _no_profile(**options) -> None:
+    pytest.skip("a rehearsal: counting launches needs a GPU")
 
 
 _MODE = _OnTheCPU()
@@ -52,6 +61,8 @@ _ANSWERS = {
     "get_device_name": lambda device=None: "rehearsal without a GPU",
     "get_device_capability": lambda device=None: (9, 0),
     "is_bf16_supported": lambda including_emulation=True: True,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: None,
     "synchronize": lambda device=None: None,
     "reset_peak_memory_stats": lambda device=None: None,
     "memory_allocated": lambda device=None: 0,
@@ -71,10 +82,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, answer)
-    dispatch._MODULES["triton"] = reference
-    dispatch._forced.append("triton")
+    torch.Generator = _Generator
+    torch.profiler.profile = _no_profile
     # Tensors on the CPU stand for those on a GPU.
-    dispatch._interprets = lambda: True
+    pick = dispatch.pick
+    dispatch.pick = lambda name, device: pick(name, torch.device("cuda"))
+    dispatch._MODULES |= {"cuda": reference, "triton": reference}
     _MODE.__enter__()
 
 
