@@ -210,7 +210,8 @@ def _check(unit: Unit, x: Tensor, place: int) -> None:
         _check_squeeze(unit.squeeze, x)
     if unit.weight is None and not unit.normalize:
         raise ValueError("a unit without weight and with normalize=False has nothing to compute")
-    if not unit.normalize and (unit.act != "identity" or unit.residual is not None):
+    has_residual = unit.residual is not None or unit.residual_source is not None
+    if not unit.normalize and (unit.act != "identity" or has_residual):
         raise ValueError("act and residual follow a BatchNorm; with normalize=False there is none")
     has_buffers = unit.running_mean is not None and unit.running_var is not None
     if unit.normalize and not (unit.use_batch_statistics or has_buffers):
@@ -442,7 +443,7 @@ class _Backward:
             weight, self.input_sizes[i], spec.stride, spec.padding, spec.dilation, spec.groups
         )  # fmt: skip
         if not spec.normalize:
-            self.flow(spec.source, self.phases.conv_dgrad(dy, *conv))
+            self.flow_through(i, spec, squeeze, self.phases.conv_dgrad(dy, *conv))
             return
         act = spec.act
         sums = self.known.pop(i, None)
@@ -473,9 +474,13 @@ class _Backward:
         if joins:
             self.below(i, spec, conv, *dx)
         elif needs_input:
-            if squeeze is not None:
-                dx = _squeeze_backward(self.phases, dx, squeeze, self.specs, self.saved, i)
-            self.flow(spec.source, dx)
+            self.flow_through(i, spec, squeeze, dx)
+
+    def flow_through(self, i: int, spec: _Spec, squeeze: tuple | None, dx: Tensor) -> None:
+        """Gives the gradient of unit i's convolution's input on, through squeeze and excitation where there is any."""
+        if squeeze is not None:
+            dx = _squeeze_backward(self.phases, dx, squeeze, self.specs, self.saved, i)
+        self.flow(spec.source, dx)
 
     def joined(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
         """(sums, dresidual, what the data gradient takes: dy and the unit that makes dz of it, or dz)."""

@@ -297,3 +297,22 @@ def test_compiles_whole():
         )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_in_front_of_a_convolution_without_norm():
+    """Its input gets the gradient through the gate too."""
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight, reduce, expand = (
+        torch.randn(*shape, dtype=torch.float64)
+        for shape in ((3, 6, 1, 1), (4, 6, 1, 1), (6, 4, 1, 1))
+    )
+    squeeze = ops.SqueezeExcite(reduce, None, expand, None)
+    unit = ops.Unit(weight, None, (1, 1), (0, 0), (1, 1), normalize=False, squeeze=squeeze)
+    y = ops.frozen_conv_bn_act(x, [unit])
+    dy = torch.randn_like(y)
+    gate = torch.sigmoid(F.conv2d(torch.relu(F.conv2d(x.mean((2, 3), True), reduce)), expand))
+    expected = F.conv2d(x * gate, weight)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0]
+    )
