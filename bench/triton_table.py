@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: they must be real ones
-os.environ["BNFAST_TRITON_CONV"] = "fused"  # the convolutions too
+os.environ["BNFAST_TRITON_CONV"] = "gram"  # every way of a convolution
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bnfast import triton_kernels as kernels
-from bnfast.reference import Above, Below, Beside, Norm
+from bnfast.reference import Above, Below, Beside, Norm, Source
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -141,15 +141,17 @@ def record(run: Callable[[], object], variant: str) -> Iterator[Launch]:
 
 def launches(dtype: str, lanes: int) -> list[Launch]:
     """Every kernel in `dtype`, in both layouts, with and without what changes its accesses; equal ones once. As launched where
-    a warp has that many threads."""
+    a warp has that many threads. An activation that needs more registers is tried in float32, whose tiles need the most."""
     launch.LANES = lanes
     found = []
-    for layout, act, residual in (
+    forms = [
         ("channels_last", "relu", False),
         ("channels_last", "relu", True),
         ("NCHW", "relu", True),
-        ("channels_last", "silu", False),
-    ):
+    ]
+    if dtype == "f32":
+        forms.append(("channels_last", "silu", False))
+    for layout, act, residual in forms:
         size = (4, 64, 16, 16)
         z, dy, r = (
             torch.empty(size, dtype=DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
@@ -176,8 +178,9 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
 
         variant = f"{dtype} {layout} {act}{' residual' if residual else ''}"
         found += record(step, variant)
-    for kernel, stride, forms in CONVOLUTIONS:
-        found += _convolutions(dtype, kernel, stride, forms)
+    for kernel, stride, names in CONVOLUTIONS:
+        found += _convolutions(dtype, kernel, stride, names)
+    found += _without_z(dtype)
     z, r = (torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]) for _ in range(2))
     z, r = (t.contiguous(memory_format=torch.channels_last) for t in (z, r))
     norm = Norm(*torch.empty(4, 64))
@@ -197,7 +200,6 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
 # One of each kind is enough; (kernel size, stride, forms of `_convolutions`).
 CONVOLUTIONS = (
     (1, 1, ("forward", "backward into an end")),
-    (3, 1, ("forward", "backward")),
     (3, 2, ("forward behind bn_fwd_apply", "backward between inner units")),
 )
 
@@ -212,13 +214,13 @@ def _convolutions(dtype: str, kernel: int, stride: int, forms: tuple[str, ...]) 
     geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1)
     v, w = torch.empty(64), torch.empty(128)
     stats = (None, None, None, 0.1, 1e-5)
-    above = (Above(z, w, w, w, w, w, w), "relu", 0.0)
+    above, no_source = (Above(z, w, w, w, w, w, w), "relu", 0.0), (None, "identity", 0.0)
     bits = torch.empty(x.numel() // 8, dtype=torch.uint8)
     inner, end = Below(x, None, v, v, v, v), Below(x, bits, v, v, v, v)
 
     def dgrad(add, below, beside):
         kernels.bn_bwd_apply_conv_dgrad_reduce(
-            z, *above, weight, [16, 16], *geometry, add, below, "relu", 0.0, beside
+            z, *above, *no_source, weight, [16, 16], *geometry, add, below, "relu", 0.0, beside
         )
 
     runs = {
@@ -226,7 +228,6 @@ def _convolutions(dtype: str, kernel: int, stride: int, forms: tuple[str, ...]) 
         "forward behind bn_fwd_apply": lambda: kernels.bn_fwd_apply_conv_fwd_reduce(
             x, Norm(v, v, v, v), "relu", 0.0, weight, None, *geometry, *stats
         ),
-        "backward": lambda: kernels.conv_dgrad(z, weight, [16, 16], *geometry),
         "backward between inner units": lambda: dgrad(None, inner, None),
         "backward into an end": lambda: dgrad(x, end, Beside(beside, v, v)),
     }
@@ -234,6 +235,37 @@ def _convolutions(dtype: str, kernel: int, stride: int, forms: tuple[str, ...]) 
     for form in forms:
         found += record(runs[form], f"{dtype} {kernel}x{kernel} stride {stride} {form}")
     return found
+
+
+def _without_z(dtype: str) -> list[Launch]:
+    """An expansion of a bottleneck by the statistics of its input, between an inner unit and a shortcut."""
+    z, y, shortcut = (
+        torch.empty(4, channels, 16, 16, dtype=DTYPES[dtype]).contiguous(
+            memory_format=torch.channels_last
+        )
+        for channels in (64, 128, 128)
+    )
+    weight = torch.zeros(128, 64, 1, 1, dtype=DTYPES[dtype])
+    v, w = torch.empty(64), torch.empty(128)
+    before = (z, Norm(v, v, v, v), "relu", 0.0)
+    stats = (w, w, None, 0.1, 1e-5)
+    source = (Source(z, v, v, v, v, v), "relu", 0.0)
+    bits = torch.empty(y.numel() // 8, dtype=torch.uint8)
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+
+    def step():
+        kernels.bn_fwd_apply_gram_reduce(*before, weight, None, *stats)
+        kernels.bn_fwd_apply_conv_fwd_apply(
+            *before, weight, Norm(v, w, w, w), shortcut, Norm(w, w, w, w), "relu", 0.0, True
+        )
+        kernels.bn_bwd_mask(y, bits, "relu", 0.0)
+        kernels.bn_fwd_apply_conv_bwd_reduce(y, *source, weight, w)
+        kernels.bn_bwd_apply_conv_dgrad_reduce(
+            y, Above(None, None, w, w, w, w, w), "identity", 0.0, *source, weight, [16, 16],
+            *geometry, None, Below(z, None, v, v, v, v), "relu", 0.0, None,
+        )  # fmt: skip
+
+    return list(record(step, f"{dtype} 1x1 without z"))
 
 
 def _tool(name: str) -> str:
@@ -350,11 +382,11 @@ def problems(row: Row) -> list[str]:
         )
     if row.spilled:
         found.append(f"{row.launch.name} for {row.target} spills {row.spilled} bytes")
-    if "finalise" not in row.launch.kernel.__name__:
+    if not any(part in row.launch.kernel.__name__ for part in ("finalise", "of_weights")):
         for kind, widths in row.widths.items():
-            writes_channels_alone = (
-                kind == "store" and "reduce" in row.launch.kernel.__name__ and not is_conv
-            )
+            writes_channels_alone = kind == "store" and row.launch.kernel.__name__ in (
+                "bn_fwd_reduce_kernel", "bn_bwd_reduce_kernel", "conv_bwd_reduce_kernel"
+            )  # fmt: skip
             # AMD's matrix unit leaves four values side by side in a lane: 8 bytes of a 16-bit type.
             least = 8 if is_conv and kind == "store" and row.target.startswith("gfx") else 16
             if widths and max(widths) < least and not writes_channels_alone:
@@ -403,14 +435,20 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = [name for name in names if name not in known]
         if unknown:
             parser.error(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
-    rows = [
-        compile_one(one, target)
-        for dtype in dtypes
-        for lanes in (32, 64)
-        for one in launches(dtype, lanes)
-        for target in targets
-        if TARGETS[target].warp_size == lanes
-    ]
+    rows = []
+    for lanes in (32, 64):
+        # Those that work on sums in float32 are the same for several dtypes.
+        once = {
+            (one.kernel.__name__, str(one.signature), str(one.constants)): one
+            for dtype in reversed(dtypes)
+            for one in launches(dtype, lanes)
+        }
+        rows += [
+            compile_one(one, target)
+            for one in once.values()
+            for target in targets
+            if TARGETS[target].warp_size == lanes
+        ]
     print(markdown(rows), end="")
     if options.output:
         options.output.write_text(markdown(rows))

@@ -121,6 +121,7 @@ def phases(operators) -> SimpleNamespace:
             bn.bn_bwd_reduce_apply, bn.bn_bwd_reduce_apply_, input_gradient
         ),
         fuses_chain=reference.fuses_chain,
+        fuses_gram=reference.fuses_gram,
         se_fwd=reference.se_fwd,
         se_bwd_reduce=se_bwd_reduce,
         se_bwd_apply=reference.se_bwd_apply,

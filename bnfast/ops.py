@@ -18,6 +18,7 @@ from .reference import (
     Below,
     Beside,
     Norm,
+    Source,
     accumulator,
     conv_output_size,
     rstd_of,
@@ -118,8 +119,9 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
 
     x [N, J, *], any strides, f64, f32, bf16 or f16; returns [N, C, *] of the last unit, in channels_last where x (or the
     weight) is. Saves for the backward pass, per unit, the convolution's output and one bit per element where a residual
-    hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input. Squeeze
-    and excitation computes its input again from the unit before it, or saves it where there is none (or one with a residual).
+    hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input. Of
+    a 1x1 convolution that the backend `fuses_gram` only the bits. Squeeze and excitation computes its input again from the unit
+    before it, or saves it where there is none (or one with a residual).
     Gradients flow to x, gamma, beta and residual. Under autocast convolutions run in its dtype.
 
     Raises ValueError for what does not fit together, RuntimeError where a second derivative is asked for.
@@ -247,106 +249,137 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, specs, backend, saves, x, *tensors):
-        phases = dispatch.module(backend)
-        saved = []
-        saved_squeeze = []
-        input_sizes = []
-        shares = []
-        squeezes = iter(range(8 * len(specs), len(tensors), 4))
-        readers = _readers(specs)
-        fuses = _Fuses(phases, specs, tensors)
-        outputs = [None] * len(specs) + [x]  # the last one is -1's
-        waiting: dict[int, tuple] = {}  # units whose bn_fwd_apply their readers do: what it takes
-        recomputable = set()  # units whose output follows from what they save
-        for i, spec in enumerate(specs):
-            weight, bias, gamma, beta, running_mean, running_var, tracked, residual = tensors[
-                8 * i : 8 * i + 8
-            ]
-            x = outputs[spec.source]
-            input_sizes.append(x.shape[2:])
-            residual_waits = None
-            if spec.residual_source is not None:
-                residual = outputs[spec.residual_source]
-                residual_waits = waiting.get(spec.residual_source)
-            if spec.squeeze is not None:
-                at = next(squeezes)
-                given = x
-                x, hidden, gate = phases.se_fwd(x, *tensors[at : at + 4], *spec.squeeze)
-                kept = None if spec.source in recomputable else given
-                saved_squeeze += (tensors[at], tensors[at + 2], hidden, gate, kept)
-            mean = rstd = bits = share = None
-            act, slope = spec.act, spec.slope
-            want_bits = saves and residual is not None and act in BIT_ACTS
-            conv = (weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-            if spec.normalize and spec.use_batch_statistics:
-                stats = (running_mean, running_var, tracked, spec.momentum, spec.eps)
-                affine = (gamma, beta, residual, act, slope, want_bits)
-                if spec.group is not None:
-                    z = x if weight is None else phases.conv_forward(x, *conv)
-                    mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, *stats[3:])
-                    count = math.prod(z.shape[:1] + z.shape[2:])
-                    mean, rstd, share = cross_rank.merged(count, mean, m2, *stats, spec.group)
-                    y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
-                elif weight is None:
-                    _check_count(x.shape)
-                    z = x
-                    mean, rstd, y, bits = phases.bn_fwd_reduce_apply(z, *stats, *affine)
-                else:
-                    if x.shape[0] == 1:
-                        geometry = (spec.stride, spec.padding, spec.dilation)
-                        sizes = conv_output_size(x.shape[2:], weight, *geometry)
-                        _check_count([1, weight.shape[0], *sizes])
-                    before = waiting.get(spec.source)
-                    waits = residual is None and _readers_apply(specs, fuses, readers[i], i, x)
-                    if before is None and residual_waits is None and not waits:
-                        z, mean, rstd, y, bits = phases.conv_fwd_reduce_apply(
-                            x, *conv, *stats, *affine
-                        )
-                    elif before is None:
-                        z, mean, _, rstd = phases.conv_fwd_reduce(x, *conv, *stats)
-                    else:
-                        z, mean, _, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
-                            x, *before, *conv, *stats
-                        )
-                    norm = Norm(mean, rstd, gamma, beta)
-                    if waits:
-                        waiting[i] = (norm, act, slope)
-                        y = z
-                    elif residual_waits is not None:
-                        y, bits = phases.bn_fwd_apply_both(
-                            z, norm, residual, residual_waits[0], act, slope, want_bits
-                        )
-                    elif before is not None:
-                        y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
-            else:
-                y = z = x if weight is None else phases.conv_forward(x, *conv)
-            if spec.normalize and not spec.use_batch_statistics:
-                # A copy: the buffers may change before the backward pass.
-                mean = running_mean.to(accumulator(z.dtype), copy=True)
-                rstd = rstd_of(running_var.to(mean.dtype), spec.eps)
-                y, bits = phases.bn_fwd_apply(
-                    z, mean, rstd, gamma, beta, residual, act, slope, want_bits
-                )
-            outputs[i] = y
-            for k in (spec.source, spec.residual_source):
-                if k is not None and k >= 0 and readers[k][-1] == i:
-                    outputs[k] = None  # nobody reads it any more
-            bits = bits if want_bits else None
-            hidden = residual if residual is not None and act in SMOOTH_ACTS else None
-            if spec.normalize and residual is None:
-                recomputable.add(i)
-            saved += (weight, gamma, beta, z if spec.normalize else None, mean, rstd, bits, hidden)
-            shares.append(share)
+        run = _Forward(dispatch.module(backend), specs, saves, x, tensors)
+        y = run()
         if saves:
-            ctx.save_for_backward(*saved, *saved_squeeze)
+            ctx.save_for_backward(*run.saved, *run.saved_squeeze)
             ctx.specs, ctx.backend = specs, backend
-            ctx.input_sizes, ctx.shares = input_sizes, shares
+            ctx.input_sizes, ctx.shares = run.input_sizes, run.shares
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         return None, None, None, *_Backward(ctx).run(dy)
+
+
+class _Forward:
+    """The forward pass of one chain, from its first unit to its last, and what it keeps for the backward pass."""
+
+    def __init__(self, phases, specs, saves: bool, x: Tensor, tensors: tuple) -> None:
+        self.phases, self.specs, self.saves, self.tensors = phases, specs, saves, tensors
+        self.readers = _readers(specs)
+        self.fuses = _Fuses(phases, specs, tensors)
+        self.outputs: list[Tensor | None] = [None] * len(specs) + [x]  # the last one is -1's
+        # Units whose bn_fwd_apply their readers do: what it takes. Their output is their z.
+        self.waiting: dict[int, tuple[Norm, str, float]] = {}
+        self.recomputable: set[int] = set()  # units whose output follows from what they save
+        # Eight tensors per unit, see `_Backward.state`; five per squeeze and excitation.
+        self.saved: list[Tensor | None] = []
+        self.saved_squeeze: list[Tensor | None] = []
+        self.input_sizes: list[torch.Size] = []
+        self.shares: list = []
+
+    def __call__(self) -> Tensor:
+        """The output of the last unit."""
+        squeezes = iter(range(8 * len(self.specs), len(self.tensors), 4))
+        outputs = self.outputs
+        for i, spec in enumerate(self.specs):
+            x = outputs[spec.source]
+            self.input_sizes.append(x.shape[2:])
+            if spec.squeeze is not None:
+                x = self.squeeze(x, spec, next(squeezes))
+            outputs[i] = self.unit(i, spec, x)
+            for k in (spec.source, spec.residual_source):
+                if k is not None and k >= 0 and self.readers[k][-1] == i:
+                    outputs[k] = None  # nobody reads it any more
+        return outputs[len(self.specs) - 1]
+
+    def squeeze(self, x: Tensor, spec: _Spec, at: int) -> Tensor:
+        """x through squeeze and excitation, whose tensors begin at `at`."""
+        reduce, _, expand, _ = tensors = self.tensors[at : at + 4]
+        y, hidden, gate = self.phases.se_fwd(x, *tensors, *spec.squeeze)
+        kept = None if spec.source in self.recomputable else x
+        self.saved_squeeze += (reduce, expand, hidden, gate, kept)
+        return y
+
+    def unit(self, i: int, spec: _Spec, x: Tensor) -> Tensor:
+        """The output of unit i, or its z where it waits."""
+        phases = self.phases
+        weight, bias, gamma, beta, running_mean, running_var, tracked, residual = self.tensors[
+            8 * i : 8 * i + 8
+        ]
+        if spec.residual_source is not None:
+            residual = self.outputs[spec.residual_source]
+        act, slope = spec.act, spec.slope
+        want_bits = self.saves and residual is not None and act in BIT_ACTS
+        conv = (weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+        stats = (running_mean, running_var, tracked, spec.momentum, spec.eps)
+        affine = (gamma, beta, residual, act, slope, want_bits)
+        mean = rstd = bits = share = None
+        if not spec.normalize:
+            y, z = phases.conv_forward(x, *conv), None
+        elif not spec.use_batch_statistics:
+            z = x if weight is None else phases.conv_forward(x, *conv)
+            # A copy: the buffers may change before the backward pass.
+            mean = running_mean.to(accumulator(z.dtype), copy=True)
+            rstd = rstd_of(running_var.to(mean.dtype), spec.eps)
+            y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
+        elif spec.group is not None:
+            z = x if weight is None else phases.conv_forward(x, *conv)
+            mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, *stats[3:])
+            count = math.prod(z.shape[:1] + z.shape[2:])
+            mean, rstd, share = cross_rank.merged(count, mean, m2, *stats, spec.group)
+            y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
+        elif weight is None:
+            _check_count(x.shape)
+            z = x
+            mean, rstd, y, bits = phases.bn_fwd_reduce_apply(z, *stats, *affine)
+        else:
+            if x.shape[0] == 1:
+                geometry = (spec.stride, spec.padding, spec.dilation)
+                sizes = conv_output_size(x.shape[2:], weight, *geometry)
+                _check_count([1, weight.shape[0], *sizes])
+            z, mean, rstd, y, bits = self.convolution(i, spec, x, conv, stats, affine)
+        if spec.normalize and residual is None and z is not None:
+            self.recomputable.add(i)
+        hidden = residual if residual is not None and act in SMOOTH_ACTS else None
+        bits = bits if want_bits or z is None else None
+        self.saved += (weight, gamma, beta, z, mean, rstd, bits, hidden)
+        self.shares.append(share)
+        return y
+
+    def convolution(self, i: int, spec: _Spec, x: Tensor, conv, stats, affine) -> tuple:
+        """(z, mean, rstd, y, bits) of a convolution with batch statistics of its own: joined with the phases around it where the
+        backend says so. Where z never exists the mean is that of the convolution's input."""
+        phases = self.phases
+        gamma, beta, residual, act, slope, want_bits = affine
+        before = self.waiting.get(spec.source)
+        residual_norm = None
+        if spec.residual_source in self.waiting:
+            residual_norm = self.waiting[spec.residual_source][0]
+        waits = residual is None and _readers_apply(self.specs, self.fuses, self.readers[i], i, x)
+        if not waits and spec.source in self.recomputable and self.fuses.gram(i, x):
+            x = (x, *(before or (None, "identity", 0.0)))
+            mean, rstd = phases.bn_fwd_apply_gram_reduce(*x, *conv[:2], *stats)
+            own = (Norm(mean, rstd, gamma, beta), residual, residual_norm)
+            want_bits = self.saves and act in BIT_ACTS
+            y, bits = phases.bn_fwd_apply_conv_fwd_apply(*x, conv[0], *own, act, slope, want_bits)
+            return None, mean, rstd, y, bits if want_bits else None
+        if before is None and residual_norm is None and not waits:
+            return phases.conv_fwd_reduce_apply(x, *conv, *stats, *affine)
+        if before is None:
+            z, mean, _, rstd = phases.conv_fwd_reduce(x, *conv, *stats)
+        else:
+            z, mean, _, rstd = phases.bn_fwd_apply_conv_fwd_reduce(x, *before, *conv, *stats)
+        norm = Norm(mean, rstd, gamma, beta)
+        if waits:
+            self.waiting[i] = (norm, act, slope)
+            return z, mean, rstd, z, None
+        if residual_norm is not None:
+            both = (residual, residual_norm, act, slope, want_bits)
+            return z, mean, rstd, *phases.bn_fwd_apply_both(z, norm, *both)
+        return z, mean, rstd, *phases.bn_fwd_apply(z, mean, rstd, *affine)
 
 
 class _Fuses:
@@ -366,6 +399,15 @@ class _Fuses:
                 and self.phases.fuses_chain(x, weight, spec.groups)
             )
         return self.answers[i]
+
+    def gram(self, i: int, x: Tensor) -> bool:
+        """Whether unit i, which is not to wait, goes without z: by the statistics of its input, which is recomputable."""
+        weight, spec = self.tensors[8 * i], self.specs[i]
+        return (
+            spec.is_fusable
+            and spec.act not in SMOOTH_ACTS
+            and self.phases.fuses_gram(x, weight, spec.stride, spec.padding, spec.groups)
+        )
 
 
 def _readers_apply(specs, fuses, readers, i, x) -> bool:
@@ -411,8 +453,9 @@ class _Backward:
         self.flowing: list[Tensor | None] = [None] * (count + 1)
         # Whether a gradient was made here and nobody else holds it: then it may be written over.
         self.ours = [False] * (count + 1)
-        # (dgamma, dbeta) of units whose bn_bwd_reduce a convolution above has done; with bits their gradient is db then.
+        # (dgamma, dbeta) of units whose bn_bwd_reduce a convolution above has done.
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.masked: set[int] = set()  # units of whose gradient a convolution above has made db
         self.grads: list[Tensor | None] = [None] * len(self.needs)
 
     def run(self, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -431,7 +474,8 @@ class _Backward:
         return self.flowing[-1], *self.grads
 
     def state(self, i: int) -> tuple:
-        """(weight, gamma, beta, z, mean, rstd, bits, hidden residual) of unit i."""
+        """(weight, gamma, beta, z, mean, rstd, bits, hidden residual) of unit i. Where it normalises and has no z, its mean is that
+        of its convolution's input, see equations (16) to (20) of reference.py."""
         return self.saved[8 * i : 8 * i + 8]
 
     def unit(self, i: int, spec: _Spec, squeeze: tuple | None) -> None:
@@ -445,20 +489,19 @@ class _Backward:
         if not spec.normalize:
             self.flow_through(i, spec, squeeze, self.phases.conv_dgrad(dy, *conv))
             return
-        act = spec.act
+        act = "identity" if i in self.masked else spec.act
         sums = self.known.pop(i, None)
-        if sums is not None and self.saved[8 * i + 6] is not None:
-            act = "identity"  # dy is db
         r = spec.residual_source
         needs_residual = self.needs[8 * i + _RESIDUAL] or (r is not None and self.wanted[r])
         want = needs_residual and act != "identity"
+        z = self.saved[8 * i + 3]
         joins = (
             needs_input
             and weight is not None
             and spec.is_fusable
-            and self.phases.fuses_chain(self.saved[8 * i + 3], weight, spec.groups)
+            and (z is None or self.phases.fuses_chain(z, weight, spec.groups))
         )
-        run = self.joined if joins else self.alone
+        run = self.without_z if z is None else self.joined if joins else self.alone
         may_overwrite = self.ours[i] and (want or not needs_residual)
         sums, dresidual, dx = run(i, spec, dy, act, sums, want, needs_input, may_overwrite, conv)
         if needs_residual:
@@ -493,7 +536,29 @@ class _Backward:
             sums = self.phases.bn_bwd_reduce(*state, act, spec.slope)
         return sums, None, (dy, Above(z, mean, rstd, gamma, beta, *sums), act)
 
-    def below(self, i: int, spec: _Spec, conv: tuple, dy: Tensor, above, act: str) -> None:
+    def without_z(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
+        """As joined, for a unit whose z never was."""
+        weight, gamma, beta, _, mean_x, rstd, bits, _ = self.state(i)
+        if act != "identity":
+            dy = self.phases.bn_bwd_mask(dy, bits, act, spec.slope)
+        before = self.specs[spec.source]
+        source = (Source(*self.source(spec.source), mean_x), before.act, before.slope)
+        sums = self.phases.bn_fwd_apply_conv_bwd_reduce(dy, *source, weight, rstd)
+        above = Above(None, None, rstd, gamma, beta, *sums)
+        return sums, dy if want else None, (dy, above, "identity", *source)
+
+    def below(
+        self,
+        i: int,
+        spec: _Spec,
+        conv: tuple,
+        dy: Tensor,
+        above: Above | None,
+        act: str,
+        source: Source | None = None,
+        source_act: str = "identity",
+        source_slope: float = 0.0,
+    ) -> None:
         """The data gradient of unit i, with what else flows into its input, and with bn_bwd_reduce of the unit there where it
         is the last."""
         k = spec.source
@@ -503,13 +568,16 @@ class _Backward:
         if k >= 0 and self.remaining[k] == 0:
             target = self.specs[k]
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
-            if target.has_own_statistics and hidden is None and _is_last(z):
+            if target.has_own_statistics and hidden is None and (z is None or _is_last(z)):
                 below = Below(z, bits, mean, rstd, gamma, beta)
+                if bits is not None:
+                    self.masked.add(k)
                 r = target.residual_source
                 if r is not None and self.takes_db(r, bits is not None or target.act == "identity"):
                     beside = Beside(*self.state(r)[3:6])
         dx, sums, sums_beside = self.phases.bn_bwd_apply_conv_dgrad_reduce(
-            dy, above, act, spec.slope, *conv, self.flowing[k], below, target.act, target.slope, beside
+            dy, above, act, spec.slope, source, source_act, source_slope, *conv, self.flowing[k],
+            below, target.act, target.slope, beside,
         )  # fmt: skip
         if sums is not None:
             self.known[k] = sums
@@ -522,7 +590,13 @@ class _Backward:
         if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:
             return False
         spec = self.specs[r]
-        return spec.act == "identity" and spec.has_own_statistics and _is_last(self.state(r)[3])
+        z = self.saved[8 * r + 3]
+        return spec.act == "identity" and spec.has_own_statistics and z is not None and _is_last(z)
+
+    def source(self, k: int) -> tuple:
+        """(z, mean, rstd, gamma, beta) of unit k."""
+        _, gamma, beta, z, mean, rstd, _, _ = self.state(k)
+        return z, mean, rstd, gamma, beta
 
     def alone(self, i, spec, dy, act, sums, want, needs_input, may_overwrite, conv):
         """(sums, dresidual, dx) by the unit's own phases."""

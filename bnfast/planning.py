@@ -615,12 +615,17 @@ class _Builder:
         return None
 
     def _disjoint(self, units: list[FoundUnit]) -> list[FoundUnit]:
-        """Where two units end in one addition, the one that comes later keeps it; the other's output is its residual."""
+        """Where two units end in one addition, one keeps it and the other's output is its residual: a shortcut's, whose input
+        others read too, or else that of the earlier one."""
+
+        def rank(unit: FoundUnit) -> tuple[bool, int]:
+            return len(unit.input.users) == len(unit.entries), self.order[unit.bn]
+
         owners: dict[fx.Node, FoundUnit] = {}
         for unit in units:
             if unit.add is not None:
                 other = owners.get(unit.add)
-                if other is None or self.order[unit.bn] > self.order[other.bn]:
+                if other is None or rank(unit) > rank(other):
                     owners[unit.add] = unit
         for unit in units:
             if unit.add is not None and owners[unit.add] is not unit:

@@ -23,6 +23,14 @@ Squeeze and excitation (arXiv 1709.01507) in front of a convolution, x [N, J, H,
     (14) dg    = sum(dy * x)                                     over the pixels of an image
     (15) dx    = dy * g + W1^T ((W2^T (dg * gate')) * act'(h)) / (H W)
 
+Of a 1x1 convolution of x [N, J, *] with stride 1, known before it runs:
+
+    (16) mean_x = sum(x) / M;  S = sum((x - mean_x) (x - mean_x)^T)                [J, J]
+    (17) mean   = W mean_x + b;  M2 = diag(W S W^T)
+    (18) pre    = gamma * rstd * W (x - mean_x) + beta [+ r]                       without z
+    (19) dgamma = rstd * diag(W sum((x - mean_x) db^T))
+    (20) dx     = W^T s (db - dbeta / M) - Q (x - mean_x);  Q = W^T s rstd dgamma / M W,  s = gamma * rstd
+
 Sums, statistics and (5) are float32 for 16-bit and float32 tensors and float64 for float64. The slope act' is taken at pre
 rounded to the dtype of y, so that forward and backward agree about every element.
 
@@ -377,9 +385,10 @@ class Norm(NamedTuple):
 
 
 class Above(NamedTuple):
-    """What turns the dy of a unit into dz by equation (9)."""
+    """What turns the dy of a unit into dz by equation (9); without z, which a unit of equations (16) to (20) has not, dy is db and
+    the term with z is Q's."""
 
-    z: Tensor
+    z: Tensor | None
     mean: Tensor
     rstd: Tensor
     gamma: Tensor | None
@@ -388,10 +397,22 @@ class Above(NamedTuple):
     dbeta: Tensor
 
 
-class Below(NamedTuple):
-    """A unit whose output's gradient a convolution's dx is: what equations (7) and (8) take."""
+class Source(NamedTuple):
+    """A unit whose output is the x of equations (16) to (20): what makes x of its z by equations (5) and (6), and mean_x."""
 
     z: Tensor
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean_x: Tensor
+
+
+class Below(NamedTuple):
+    """A unit whose output's gradient a convolution's dx is: what equations (7) and (8) take. Without z its db is all that is
+    asked for."""
+
+    z: Tensor | None
     bits: Tensor | None
     mean: Tensor
     rstd: Tensor
@@ -434,11 +455,104 @@ def bn_fwd_apply_both(
     return bn_fwd_apply(z, *norm, residual, act, slope, want_bits)
 
 
+def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
+    """Whether BatchNorm's statistics behind a convolution of x are taken from those of x, equations (16) to (20), by the four
+    functions below, and z never exists; only for convolutions of 1x1 with stride 1, no padding and one group."""
+    return False
+
+
+def bn_fwd_apply_gram_reduce(
+    z: Tensor,
+    norm: Norm | None,
+    act: str,
+    slope: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    *stats,
+) -> tuple[Tensor, Tensor]:
+    """(mean_x [J], rstd [C]) by equations (16), (17) and (3), x being bn_fwd_apply of z, or z without norm; updates the running
+    statistics, which stats and the momentum and eps behind them are those of `bn_fwd_reduce`."""
+    running_mean, running_var, num_batches_tracked, momentum, eps = stats
+    x = _rows(z, norm, act, slope)
+    mean_x = x.mean(0)
+    x = x - mean_x
+    w = weight.flatten(1).to(z.dtype).to(x.dtype)
+    mean = w @ mean_x if bias is None else w @ mean_x + bias.to(x.dtype)
+    m2 = ((w @ (x.T @ x)) * w).sum(1).clamp_min(0)
+    count = x.shape[0]
+    running = (running_mean, running_var, num_batches_tracked)
+    update_running_statistics(*running, momentum, mean, m2, count)
+    return mean_x, rstd_of(m2 / count, eps)
+
+
+def bn_fwd_apply_conv_fwd_apply(
+    z: Tensor,
+    norm: Norm | None,
+    act: str,
+    slope: float,
+    weight: Tensor,
+    own: Norm,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    own_act: str,
+    own_slope: float,
+    want_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, bits) of the convolution's unit by equations (18) and (6); own.mean is mean_x. A residual with a norm is the z of a unit
+    without activation, see `bn_fwd_apply_both`."""
+    x = _rows(z, norm, act, slope) - own.mean
+    centred = x @ weight.flatten(1).to(z.dtype).to(x.dtype).T
+    batch, _, *sizes = z.shape
+    centred = centred.view(batch, *sizes, -1).movedim(-1, 1)
+    pre = _pre_activation(centred, torch.zeros_like(own.rstd), *own[1:], None)
+    if residual is not None:
+        if residual_norm is not None:
+            residual, _ = bn_fwd_apply(residual, *residual_norm, None, "identity", 0.0, False)
+        pre = pre + residual.to(pre.dtype)
+    y = _act_value(pre, own_act, own_slope).to(z.dtype)
+    y = torch.empty_like(y, memory_format=_format_of(z)).copy_(y)
+    if not want_bits:
+        return y, torch.empty(0, dtype=torch.uint8, device=z.device)
+    return y, _pack_bits(_act_passes(pre.to(z.dtype), own_act))
+
+
+def bn_bwd_mask(dy: Tensor, bits: Tensor, act: str, slope: float) -> Tensor:
+    """db by equation (7), from the bits that `bn_fwd_apply_conv_fwd_apply` wrote for a y of the layout of dy."""
+    passes = _unpack_bits(bits, dy.shape)
+    return torch.where(passes, dy, dy * slope if act == "leaky_relu" else 0)
+
+
+def bn_fwd_apply_conv_bwd_reduce(
+    db: Tensor, source: Source, act: str, slope: float, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) by equations (19) and (8); act is the source's, rstd of the unit of the convolution."""
+    z, *norm, mean_x = source
+    x = _rows(z, Norm(*norm), act, slope) - mean_x
+    db = _rows(db, None, "identity", 0.0)
+    w = weight.flatten(1).to(z.dtype).to(x.dtype)
+    return ((db.T @ x) * w).sum(1) * rstd, db.sum(0)
+
+
+def _rows(z: Tensor, norm: Norm | None, act: str, slope: float) -> Tensor:
+    """[M, C] in the accumulator's dtype of z, or of bn_fwd_apply of it."""
+    if norm is not None:
+        z, _ = bn_fwd_apply(z, *norm, None, act, slope, False)
+    return z.to(accumulator(z.dtype)).movedim(1, -1).flatten(0, -2)
+
+
+def _format_of(z: Tensor) -> torch.memory_format:
+    last = z.dim() == 4 and z.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def bn_bwd_apply_conv_dgrad_reduce(
     dy: Tensor,
     above: Above | None,
     above_act: str,
     above_slope: float,
+    source: Source | None,
+    source_act: str,
+    source_slope: float,
     weight: Tensor,
     input_size: list[int],
     stride: list[int],
@@ -454,25 +568,45 @@ def bn_bwd_apply_conv_dgrad_reduce(
     """bn_bwd_apply, conv_dgrad, a sum, and bn_bwd_reduce of the unit below: (dx + add, its (dgamma, dbeta), those of the unit
     beside it), each None where there is no such unit.
 
-    Without above dy is dz. Where the unit below has bits, what is returned is its db, the gradient of its residual too.
+    Without above dy is dz; with source the convolution is one of equations (16) to (20), and dx that of (20). Where the unit below
+    has bits, what is returned is its db, the gradient of its residual too.
     """
-    if above is not None:
-        z, *vectors, dgamma, dbeta = above
-        state = (z, *vectors, None, None, dgamma, dbeta)
-        dy, _ = bn_bwd_apply(dy, *state, above_act, above_slope, False)
-    dx = conv_dgrad(dy, weight, input_size, stride, padding, dilation, groups)
+    if source is not None:
+        dx = _dgrad_without_z(dy, above, source, source_act, source_slope, weight)
+    else:
+        if above is not None:
+            z, *vectors, dgamma, dbeta = above
+            state = (z, *vectors, None, None, dgamma, dbeta)
+            dy, _ = bn_bwd_apply(dy, *state, above_act, above_slope, False)
+        dx = conv_dgrad(dy, weight, input_size, stride, padding, dilation, groups)
     if add is not None:
         dx = dx + add
     if below is None:
         return dx, None, None
     z, bits, *vectors = below
     if bits is not None:
-        dx = _masked_gradient(dx, z, *vectors, None, bits, below_act, below_slope).to(dx.dtype)
-        below_act, bits = "identity", None
-    sums = bn_bwd_reduce(dx, z, *vectors, None, bits, below_act, below_slope)
+        dx = bn_bwd_mask(dx, bits, below_act, below_slope)
+        below_act = "identity"
+    sums = None
+    if z is not None:
+        sums = bn_bwd_reduce(dx, z, *vectors, None, None, below_act, below_slope)
     if beside is None:
         return dx, sums, None
     return dx, sums, bn_bwd_reduce(dx, *beside, None, None, None, None, "identity", 0.0)
+
+
+def _dgrad_without_z(db, above, source, act, slope, weight):
+    """Equation (20)."""
+    z, *norm, mean_x = source
+    x = _rows(z, Norm(*norm), act, slope) - mean_x
+    w = weight.flatten(1).to(z.dtype).to(x.dtype)
+    _, _, rstd, gamma, _, dgamma, dbeta = above
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    count = x.shape[0]
+    q = (w * (scale * rstd * dgamma / count)[:, None]).T @ w
+    dx = ((_rows(db, None, "identity", 0.0) - dbeta / count) * scale) @ w - x @ q
+    batch, _, *sizes = z.shape
+    return torch.empty_like(z).copy_(dx.view(batch, *sizes, -1).movedim(-1, 1))
 
 
 def se_fwd(

@@ -30,6 +30,7 @@ NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
 TRITON_ACTIVATION = "triton_kernels/activation.py"
 TRITON_CONV_FWD, TRITON_CONV_BWD = "triton_kernels/conv_fwd.py", "triton_kernels/conv_bwd.py"
+TRITON_GRAM = "triton_kernels/conv_gram.py"
 CHAIN = "bnfast/ops.py"
 CUDA_FWD, CUDA_BWD = "csrc/cuda/bn_fwd.cu", "csrc/cuda/bn_bwd.cu"
 CUDA_BLOCKS, CUDA_SLOTS = "csrc/cuda/blocks.cuh", "csrc/cuda/slots.cuh"
@@ -52,6 +53,7 @@ TESTS = (
     "tests/test_pointwise.py",
 )
 TRITON_TESTS = (
+    "tests/test_gram.py",
     "tests/test_chain.py",
     "tests/test_triton.py",
     "tests/test_backends.py",
@@ -764,10 +766,24 @@ MUTATIONS = [
     ),
     Mutation(
         "chain",
-        "a masked gradient is masked again by bits that are gone",
+        "a masked gradient is masked again",
         CHAIN,
-        'act = "identity"  # dy is db',
+        'act = "identity" if i in self.masked else spec.act',
         "act = spec.act",
+    ),
+    Mutation(
+        "chain",
+        "a unit without z whose input nobody can recompute",
+        CHAIN,
+        "if not waits and spec.source in self.recomputable and self.fuses.gram(i, x):",
+        "if not waits and self.fuses.gram(i, x):",
+    ),
+    Mutation(
+        "chain",
+        "a unit without z is recomputed from it",
+        CHAIN,
+        "if spec.normalize and residual is None and z is not None:",
+        "if spec.normalize and residual is None:",
     ),
     Mutation(
         "chain",
@@ -775,6 +791,76 @@ MUTATIONS = [
         CHAIN,
         'len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS',
         "len(readers) > 1 or spec.act in SMOOTH_ACTS",
+    ),
+    Mutation(
+        "gram",
+        "triton: the origin stays in the mean",
+        TRITON_GRAM,
+        "mean = mean_j + tl.load(origin_ptr + j, j < channels, 0)",
+        "mean = mean_j",
+    ),
+    Mutation(
+        "gram",
+        "triton: products below the diagonal are not mirrored",
+        TRITON_GRAM,
+        "if one < other:",
+        "if False:",
+    ),
+    Mutation(
+        "gram",
+        "triton: second moments around the origin",
+        TRITON_GRAM,
+        "gram = products - sum_i[:, None] * mean_j[None, :]",
+        "gram = products",
+    ),
+    Mutation(
+        "gram",
+        "triton: statistics without the bias",
+        TRITON_GRAM,
+        "mean = tl.load(bias_ptr + k, mask, 0).to(ACC)",
+        "mean = mean",
+    ),
+    Mutation(
+        "gram",
+        "triton: a variance below 0",
+        TRITON_GRAM,
+        "m2 = tl.where(m2 < 0, 0, m2)",
+        "m2 = m2",
+    ),
+    Mutation(
+        "gram",
+        "triton: the input is not centred",
+        TRITON_GRAM,
+        "x = load_source(z_ptr, norm, mean_x, m, m_mask, j",
+        "x = load_source(z_ptr, norm, mean_x * 0, m, m_mask, j",
+    ),
+    Mutation(
+        "gram",
+        "triton: bits of another place",
+        TRITON_GRAM,
+        "passes = unpack_bits(tl.load(bits_ptr + places, inside, 0), BLOCK_M, BLOCK_K)",
+        "passes = unpack_bits(tl.load(bits_ptr + places * 0, inside, 0), BLOCK_M, BLOCK_K)",
+    ),
+    Mutation(
+        "gram",
+        "triton: dbeta once per block of input channels",
+        TRITON_GRAM,
+        "tl.where(tl.program_id(1) == 0, sums, 0)",
+        "sums",
+    ),
+    Mutation(
+        "gram",
+        "triton: Q without gamma",
+        TRITON_GRAM,
+        "factor = load_channels(gamma_ptr, k, k_mask, 1, ACC) * rstd",
+        "factor = rstd",
+    ),
+    Mutation(
+        "gram",
+        "triton: dx without Q",
+        TRITON_CONV_BWD,
+        "acc = tl.dot(x, q, acc, input_precision=PRECISION, out_dtype=ACC)",
+        "acc = acc",
     ),
     # CUDA, in the emulator
     Mutation(

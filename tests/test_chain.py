@@ -107,6 +107,21 @@ class Linear(Net):
         ]
 
 
+class End(Net):
+    """A unit with a residual and an activation that its chain ends with."""
+
+    def __init__(self):
+        super().__init__(Layer(20, 9), Layer(9, 20, bias=True))
+
+    def forward(self, x):
+        a, b = self.layers
+        return F.leaky_relu(b(F.relu6(a(x))) + x, 0.01)
+
+    def units(self, x):
+        a, b = self.layers
+        return [a.unit("relu6"), b.unit("leaky_relu", residual_source=-1)]
+
+
 class TwoReaders(Net):
     """A unit that two convolutions read and nobody else, and one that is its own reader's residual."""
 
@@ -171,14 +186,23 @@ class TwoActivations(Net):
         return [a.unit("relu"), b.unit("relu", residual_source=0, source=-1), c.unit("relu")]
 
 
-@pytest.fixture(params=["unit by unit", "joined"])
+FORMS = {"unit by unit": "cudnn", "joined": "fused", "without z": "gram"}
+
+
+@pytest.fixture(params=FORMS)
 def form(request, monkeypatch) -> str:
-    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused" if request.param == "joined" else "cudnn")
-    if request.param == "joined":
+    monkeypatch.setenv("BNFAST_TRITON_CONV", FORMS[request.param])
+    if request.param != "unit by unit":
         monkeypatch.setattr(
             reference, "fuses_chain", lambda x, weight, groups: groups == 1 and weight.dim() == 4
         )
+    if request.param == "without z":
+        monkeypatch.setattr(reference, "fuses_gram", is_pointwise)
     return request.param
+
+
+def is_pointwise(x, weight, stride, padding, groups) -> bool:
+    return groups == 1 and tuple(weight.shape[2:]) == tuple(stride) == (1, 1) and not any(padding)
 
 
 @pytest.fixture
@@ -203,7 +227,7 @@ def step(run, net: nn.Module, x: Tensor, needs_x: bool, dy: Tensor) -> dict[str,
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
 @pytest.mark.parametrize(
-    "make", [Bottleneck, Linear, TwoReaders, Crossed, CrossedLinear, TwoActivations]
+    "make", [Bottleneck, Linear, End, TwoReaders, Crossed, CrossedLinear, TwoActivations]
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "some frozen"])
 def test_chain_is_what_pytorch_computes(
@@ -216,7 +240,7 @@ def test_chain_is_what_pytorch_computes(
         for one in (net, twin):
             one.layers[1].bn.eval()
             one.layers[0].bn.requires_grad_(False)
-            one.layers[2].bn.bias.requires_grad_(False)
+            one.layers[-1].bn.bias.requires_grad_(False)
     for one in (net, twin):
         one.double().to(chain_backend.device).train(one.training and mode != "eval")
         if mode == "some frozen":
@@ -239,9 +263,12 @@ def test_chain_is_what_pytorch_computes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("make", [Bottleneck, TwoReaders])
-def test_joined_is_as_exact_as_unit_by_unit(make, dtype, chain_backend, monkeypatch):
-    """Against float64: the error of the joined form is at most twice that of the phases one after the other."""
+@pytest.mark.parametrize(
+    "make, route",
+    [(Bottleneck, "fused"), (Bottleneck, "gram"), (TwoReaders, "fused"), (End, "gram")],
+)
+def test_joined_is_as_exact_as_unit_by_unit(make, route, dtype, chain_backend, monkeypatch):
+    """Against float64: the error of the joined forms is at most twice that of the phases one after the other."""
     if chain_backend.name != "triton":
         pytest.skip("the other backends run unit by unit")
     nets = [make() for _ in range(3)]
@@ -257,8 +284,8 @@ def test_joined_is_as_exact_as_unit_by_unit(make, dtype, chain_backend, monkeypa
     )
     x = x.contiguous(memory_format=torch.channels_last)
     results = []
-    for net, route in zip(nets, ("cudnn", "cudnn", "fused"), strict=True):
-        monkeypatch.setenv("BNFAST_TRITON_CONV", route)
+    for net, way in zip(nets, ("cudnn", "cudnn", route), strict=True):
+        monkeypatch.setenv("BNFAST_TRITON_CONV", way)
         name = "reference" if net is nets[0] else chain_backend.name
         given = x.double() if net is nets[0] else x
         torch.manual_seed(1)

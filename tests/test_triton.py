@@ -214,9 +214,30 @@ def test_unknown_route_is_named(monkeypatch):
     monkeypatch.setenv("BNFAST_TRITON_CONV", "fast")
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 1, 1)
     with pytest.raises(
-        ValueError, match="BNFAST_TRITON_CONV is 'fast'; allowed are 'cudnn' and 'fused'"
+        ValueError, match="BNFAST_TRITON_CONV is 'fast'; allowed are 'cudnn', 'fused' and 'gram'"
     ):
         triton_kernels.conv_forward(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
+
+
+def test_what_goes_without_z(monkeypatch):
+    """1x1 with stride 1 and no padding, one group, channels_last, twice as many channels as it reads: and only where asked for."""
+    x = torch.randn(2, 8, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    wide, narrow, large = (
+        torch.randn(k, 8, size, size, device=DEVICE) for k, size in ((16, 1), (15, 1), (16, 3))
+    )
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    assert not triton_kernels.fuses_gram(x, wide, (1, 1), (0, 0), 1)
+    monkeypatch.setenv("BNFAST_TRITON_CONV", "gram")
+    assert triton_kernels.fuses_gram(x, wide, (1, 1), (0, 0), 1)
+    for given, weight, stride, padding, groups in (
+        (x, narrow, 1, 0, 1),
+        (x, large, 1, 0, 1),
+        (x, wide, 2, 0, 1),
+        (x, wide, 1, 1, 1),
+        (x, wide[:, :4], 1, 0, 2),
+        (x.contiguous(), wide, 1, 0, 1),
+    ):
+        assert not triton_kernels.fuses_gram(given, weight, (stride,) * 2, (padding,) * 2, groups)
 
 
 interpreted = pytest.mark.skipif(
@@ -257,6 +278,25 @@ def test_a_full_chain_writes_no_y_and_no_dz_of_inner_units():
     assert triton_traffic.resnet50_bytes("full chain", known, 2) <= 1.05 * 172.2e6 * 1.25
 
 
+@interpreted
+def test_a_chain_whose_ends_have_no_z():
+    """Of an end its y and db alone are moved: written, read as input and as residual; written, read twice, read to be added."""
+    blocks = [triton_traffic.Bottleneck(128, 64, 256), triton_traffic.Bottleneck(256, 64, 256)]
+    path = "full chain, ends without z"
+    found = triton_traffic.run_chain(blocks, (1, 16, 16), path)
+    end = 16 * 16 * 256 * triton_traffic.DTYPE.itemsize
+    # The first block's, as those in the middle of a network; the shortcut's z is as large.
+    large = [e for e in found if e.size == end]
+    assert sum(e.kernel == "conv_fwd_apply_kernel" and e.argument == "y_ptr" for e in large) == 2
+    assert sum(e.argument == "z_ptr" for e in large) == 1
+    moved = sum(e.unique for e in large)
+    # First end: y 3, db 4; shortcut: z 2 and beside 1 and above 1; second end: y 1, dy and its mask 2, db 3; x and dx.
+    assert moved == pytest.approx(end * (7 + 4 + 6), rel=0.2), moved / end
+    stem = triton_traffic.run_unit(triton_traffic.KINDS[0], torch.channels_last)
+    known = triton_traffic.shares(found + stem)
+    assert triton_traffic.resnet50_bytes(path, known, 2) <= 1.05 * 147e6 * 1.35
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_compile_for_chips_that_are_not_there(target):
     """As they ship, in bfloat16: no spills, accesses of 16 bytes, matrix instructions; bench/triton_table.py checks that and shows
@@ -267,6 +307,7 @@ def test_kernels_compile_for_chips_that_are_not_there(target):
     for kernel in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply"):
         assert f"| {kernel}_kernel bf16 channels_last relu | {target} |" in run.stdout
     for conv in (
+        "conv_fwd_apply_kernel bf16 1x1 without z",
         "conv_fwd_reduce_kernel bf16 3x3 stride 2 forward behind bn_fwd_apply",
         "conv_dgrad_kernel bf16 1x1 stride 1 backward into an end",
     ):

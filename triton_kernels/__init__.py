@@ -3,6 +3,7 @@
 bn_fwd.py, bn_bwd.py   the BatchNorm phases, kernel and launcher side by side
 conv.py                the convolutions' phases, by cuDNN or by
 conv_fwd.py, conv_bwd.py   ... the kernels that take the phases before and behind a convolution along
+conv_gram.py           1x1 convolutions whose output never exists
 activation.py          the pre-activation, the activations and bits, shared by forward and backward
 layout.py, launch.py   views of tensors and their tiles; arguments and devices
 
@@ -20,13 +21,18 @@ from .bn_bwd import (
 from .bn_fwd import bn_fwd_apply, bn_fwd_apply_both, bn_fwd_reduce, bn_fwd_reduce_apply
 from .conv import (
     bn_bwd_apply_conv_dgrad_reduce,
+    bn_bwd_mask,
     bn_bwd_reduce_apply_dgrad,
+    bn_fwd_apply_conv_bwd_reduce,
+    bn_fwd_apply_conv_fwd_apply,
     bn_fwd_apply_conv_fwd_reduce,
+    bn_fwd_apply_gram_reduce,
     conv_dgrad,
     conv_forward,
     conv_fwd_reduce,
     conv_fwd_reduce_apply,
     fuses_chain,
+    fuses_gram,
     se_bwd_apply,
     se_bwd_reduce,
     se_fwd,
@@ -36,13 +42,17 @@ __all__ = [
     "bn_bwd_apply",
     "bn_bwd_apply_",
     "bn_bwd_apply_conv_dgrad_reduce",
+    "bn_bwd_mask",
     "bn_bwd_reduce",
     "bn_bwd_reduce_apply",
     "bn_bwd_reduce_apply_",
     "bn_bwd_reduce_apply_dgrad",
     "bn_fwd_apply",
     "bn_fwd_apply_both",
+    "bn_fwd_apply_conv_bwd_reduce",
+    "bn_fwd_apply_conv_fwd_apply",
     "bn_fwd_apply_conv_fwd_reduce",
+    "bn_fwd_apply_gram_reduce",
     "bn_fwd_reduce",
     "bn_fwd_reduce_apply",
     "conv_dgrad",
@@ -50,6 +60,7 @@ __all__ = [
     "conv_fwd_reduce",
     "conv_fwd_reduce_apply",
     "fuses_chain",
+    "fuses_gram",
     "se_bwd_apply",
     "se_bwd_reduce",
     "se_fwd",

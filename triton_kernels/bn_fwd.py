@@ -162,6 +162,38 @@ def update_running(ptr, c, mask, batch, factor):
 
 
 @triton.jit
+def store_statistics(
+    c,
+    mask,
+    mean,
+    m2,
+    count,
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    momentum,
+    momentum_low,
+    eps,
+    eps_low,
+    ACC: tl.constexpr,
+):
+    """Equations (3) and (4) of channels c."""
+    shifted = m2 / tl.maximum(count, 1) + load_pair(eps, eps_low, ACC)
+    # The rounded square root exists for float32 alone; that of float64 always rounds.
+    root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
+    tl.store(rstd_ptr + c, tl.where(shifted == 0, 0, 1 / root), mask)
+    if tracked_ptr is not None:
+        factor = 1 / tl.load(tracked_ptr).to(ACC)
+    else:
+        factor = load_pair(momentum, momentum_low, ACC)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr, c, mask, mean, factor)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr, c, mask, m2 / tl.maximum(count - 1, 1), factor)
+
+
+@triton.jit
 def finalise_moments_kernel(
     part_ptr,  # [splits, 2 C + 1] in ACC
     mean_ptr,  # [C] in ACC
@@ -198,21 +230,12 @@ def finalise_moments_kernel(
     d = tl.where(inside, part_mean - mean[None, :], 0)
     mean += origin
     m2 = tl.sum(tl.load(at + channels, inside, 0) + n * d * d, 0)
-    shifted = m2 * one_over_count + load_pair(eps, eps_low, ACC)
-    # The rounded square root exists for float32 alone; that of float64 always rounds.
-    root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
-    rstd = tl.where(shifted == 0, 0, 1 / root)
     tl.store(mean_ptr + c, mean, mask)
     tl.store(m2_ptr + c, m2, mask)
-    tl.store(rstd_ptr + c, rstd, mask)
-    if tracked_ptr is not None:
-        factor = 1 / tl.load(tracked_ptr).to(ACC)
-    else:
-        factor = load_pair(momentum, momentum_low, ACC)
-    if running_mean_ptr is not None:
-        update_running(running_mean_ptr, c, mask, mean, factor)
-    if running_var_ptr is not None:
-        update_running(running_var_ptr, c, mask, m2 / tl.maximum(count - 1, 1), factor)
+    store_statistics(
+        c, mask, mean, m2, count, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum,
+        momentum_low, eps, eps_low, ACC,
+    )  # fmt: skip
 
 
 @triton.jit

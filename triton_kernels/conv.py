@@ -9,24 +9,35 @@ from torch import Tensor
 
 from bnfast import reference
 from bnfast.cuda import input_gradient
-from bnfast.reference import Above, Below, Beside, Norm, accumulator, se_bwd_apply, se_fwd
+from bnfast.reference import Above, Below, Beside, Norm, Source, accumulator, se_bwd_apply, se_fwd
 
 from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_, finalise_sums
 from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply, finalise_moments
 from .conv_bwd import launch_dgrad
 from .conv_fwd import launch_conv
+from .conv_gram import (
+    bn_bwd_mask,
+    bn_fwd_apply_conv_bwd_reduce,
+    bn_fwd_apply_conv_fwd_apply,
+    bn_fwd_apply_gram_reduce,
+)
 from .launch import TRITON_DTYPES, device_of
 from .layout import dense
 
 __all__ = [
     "bn_bwd_apply_conv_dgrad_reduce",
+    "bn_bwd_mask",
     "bn_bwd_reduce_apply_dgrad",
+    "bn_fwd_apply_conv_bwd_reduce",
+    "bn_fwd_apply_conv_fwd_apply",
     "bn_fwd_apply_conv_fwd_reduce",
+    "bn_fwd_apply_gram_reduce",
     "conv_dgrad",
     "conv_forward",
     "conv_fwd_reduce",
     "conv_fwd_reduce_apply",
     "fuses_chain",
+    "fuses_gram",
     "route",
     "se_bwd_apply",
     "se_bwd_reduce",
@@ -36,8 +47,8 @@ __all__ = [
 
 def route(x: Tensor, weight: Tensor, groups: int) -> str:
     """ "fused" or "cudnn": the way of a convolution of x. BNFAST_TRITON_CONV=fused takes the kernels of this package wherever
-    they can be taken: one group, [N, C, H, W] in channels_last. Without it every convolution is cuDNN's: no measurement says yet
-    where another way is faster."""
+    they can be taken: one group, [N, C, H, W] in channels_last; BNFAST_TRITON_CONV=gram too, see `fuses_gram`. Without it every
+    convolution is cuDNN's: no measurement says yet where another way is faster."""
     possible = (
         groups == 1
         and weight.dim() == 4
@@ -45,10 +56,16 @@ def route(x: Tensor, weight: Tensor, groups: int) -> str:
         and x.numel() > 0
         and torch.channels_last in (_format(x), _format(weight))
     )
+    return "fused" if _wanted() != "cudnn" and possible else "cudnn"
+
+
+def _wanted() -> str:
     wanted = os.environ.get("BNFAST_TRITON_CONV", "cudnn")
-    if wanted not in ("cudnn", "fused"):
-        raise ValueError(f"BNFAST_TRITON_CONV is {wanted!r}; allowed are 'cudnn' and 'fused'")
-    return wanted if possible else "cudnn"
+    if wanted not in ("cudnn", "fused", "gram"):
+        raise ValueError(
+            f"BNFAST_TRITON_CONV is {wanted!r}; allowed are 'cudnn', 'fused' and 'gram'"
+        )
+    return wanted
 
 
 def _format(t: Tensor) -> torch.memory_format:
@@ -60,6 +77,17 @@ def _format(t: Tensor) -> torch.memory_format:
 def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
     """See reference.fuses_chain. Dynamo takes no tuples for a kernel, and the chain's kernels take some."""
     return not torch.compiler.is_compiling() and route(x, weight, groups) == "fused"
+
+
+def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
+    """See reference.fuses_gram: with BNFAST_TRITON_CONV=gram, where z is larger than what its statistics are taken from."""
+    return (
+        _wanted() == "gram"
+        and tuple(weight.shape[2:]) == tuple(stride) == (1, 1)
+        and not any(padding)
+        and weight.shape[0] >= 2 * weight.shape[1]
+        and fuses_chain(x, weight, groups)
+    )
 
 
 def conv_forward(x, weight, bias, stride, padding, dilation, groups):
@@ -135,8 +163,9 @@ def conv_dgrad(
         conv = (weight, input_size, stride, padding, dilation)
         if route(dz, weight, groups) == "fused":
             return bn_bwd_apply_conv_dgrad_reduce(
-                dz, None, "identity", 0.0, *conv, groups, None, None, "identity", 0.0, None
-            )[0]
+                dz, None, "identity", 0.0, None, "identity", 0.0, *conv, groups,
+                None, None, "identity", 0.0, None,
+            )[0]  # fmt: skip
         return input_gradient(dz, *conv, groups)
 
 
@@ -145,6 +174,9 @@ def bn_bwd_apply_conv_dgrad_reduce(
     above: Above | None,
     above_act: str,
     above_slope: float,
+    source: Source | None,
+    source_act: str,
+    source_slope: float,
     weight: Tensor,
     input_size: list[int],
     stride: list[int],
@@ -160,12 +192,12 @@ def bn_bwd_apply_conv_dgrad_reduce(
     """See reference.bn_bwd_apply_conv_dgrad_reduce; for convolutions that `fuses_chain` says yes to."""
     with device_of(dy):
         dx, parts = launch_dgrad(
-            dy, above, above_act, above_slope, weight, input_size, stride, padding, dilation,
-            add, below, below_act, below_slope, beside,
+            dy, above, above_act, above_slope, source, source_act, source_slope, weight, input_size,
+            stride, padding, dilation, add, below, below_act, below_slope, beside,
         )  # fmt: skip
         if parts is None:
             return dx, None, None
-        sums = finalise_sums(parts, below.rstd)
+        sums = None if below.z is None else finalise_sums(parts, below.rstd)
         return dx, sums, None if beside is None else finalise_sums(parts, beside.rstd, 2)
 
 

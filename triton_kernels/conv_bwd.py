@@ -2,6 +2,7 @@
 left out:
     conv_dgrad_kernel   read s per element of dz, write s per element of dx
     behind bn_bwd_apply            reads dy and z, 2 s, in place of dz
+    without z, see conv_gram.py    reads db, s, in place of dz, and the z of the unit before, s per element of dx
     in front of bn_bwd_reduce      reads z of the unit below, s per element of dx (+ 1/8 with bits)
     added to a gradient            reads it, s per element of dx (s more with a unit beside)
 An implicit GEMM: rows are pixels of dx, columns its channels, and the sum runs over taps and channels of dz. Strides divide the
@@ -14,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bnfast import weights
-from bnfast.reference import Above, Below, Beside, accumulator
+from bnfast.reference import Above, Below, Beside, Source, accumulator
 
 from . import launch
 from .activation import act_gradient, masked, pre_activation, unpack_bits
-from .bn_fwd import bit_places, load_norm, times
+from .bn_fwd import bit_places, load_channels, load_norm, times
 from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, precision, split_tiles
+from .conv_gram import gram_of_weights, load_source
 from .launch import TRITON_DTYPES
 from .layout import cdiv, like
 
@@ -28,6 +30,8 @@ from .layout import cdiv, like
 def conv_dgrad_kernel(
     dy_ptr,  # [N, OH, OW, K]: dz, or dy with above
     above,  # reference.Above of the z of dy, or None
+    source,  # reference.Source of the convolution's input where above has no z, or None
+    q_ptr,  # [J, J]: -Q of equation (20) with source, or None
     w_ptr,  # [taps, K, J]
     dx_ptr,  # [N, H, W, J]
     add_ptr,  # as dx: added to it; or None
@@ -49,6 +53,8 @@ def conv_dgrad_kernel(
     per_split,
     ABOVE_ACT: tl.constexpr,
     ABOVE_SLOPE: tl.constexpr,
+    SOURCE_ACT: tl.constexpr,
+    SOURCE_SLOPE: tl.constexpr,
     BELOW_ACT: tl.constexpr,
     BELOW_SLOPE: tl.constexpr,
     TAPS_H: tl.constexpr,
@@ -99,7 +105,13 @@ def conv_dgrad_kernel(
                     valid = inside[:, None] & k_mask[None, :]
                     at = first[:, None] + k[None, :]
                     dz = tl.load(dy_ptr + at, valid, 0)
-                    if above is not None:
+                    if source is not None:
+                        scale = load_channels(above.gamma, k, k_mask, 1, ACC)
+                        scale *= tl.load(above.rstd + k, k_mask, 0)
+                        shift_db = tl.load(above.dbeta + k, k_mask, 0) / count
+                        db = dz.to(ACC) - shift_db[None, :]
+                        dz = tl.where(valid, db * scale[None, :], 0).to(DTYPE)
+                    elif above is not None:
                         mean, scale, beta = load_norm(above, k, k_mask, ACC)
                         rstd = tl.load(above.rstd + k, k_mask, 0)
                         shift_db = tl.load(above.dbeta + k, k_mask, 0) / count
@@ -113,6 +125,17 @@ def conv_dgrad_kernel(
                     w = tl.load(w_ptr + w_at, k_mask[:, None] & j_mask[None, :], 0)
                     acc = tl.dot(dz, w, acc, input_precision=PRECISION, out_dtype=ACC)
         pixel = (image * height + ih) * width + iw
+        if source is not None:
+            for start in range(0, in_channels, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                mean_x = tl.load(source.mean_x + i, i < in_channels, 0)
+                x = load_source(
+                    source.z, source, mean_x, pixel, m_mask, i, in_channels,
+                    SOURCE_ACT, SOURCE_SLOPE, ACC,
+                )  # fmt: skip
+                q_mask = (i < in_channels)[:, None] & j_mask[None, :]
+                q = tl.load(q_ptr + i[:, None] * in_channels + j[None, :], q_mask, 0)
+                acc = tl.dot(x, q, acc, input_precision=PRECISION, out_dtype=ACC)
         at = pixel[:, None] * in_channels + j[None, :]
         mask = m_mask[:, None] & j_mask[None, :]
         if add_ptr is not None:
@@ -120,20 +143,24 @@ def conv_dgrad_kernel(
         dx = acc.to(DTYPE)
         if below is not None:
             dy = dx.to(ACC)
-            z = tl.load(below.z + at, mask, 0).to(ACC)
-            mean, scale, beta = load_norm(below, j, j_mask, ACC)
+            if below.z is not None:
+                z = tl.load(below.z + at, mask, 0).to(ACC)
+                mean, scale, beta = load_norm(below, j, j_mask, ACC)
             if below.bits is not None:
                 places, there = bit_places(pixel, j, pixels, in_channels, BLOCK_J)
                 packed = tl.load(below.bits + places, there & m_mask[:, None], 0)
                 db = masked(unpack_bits(packed, BLOCK_M, BLOCK_J), dy, BELOW_ACT, BELOW_SLOPE)
                 dx = db.to(DTYPE)
+            elif BELOW_ACT == "identity":
+                db = dy
             else:
                 pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
                 db = act_gradient(pre, dy, DTYPE, BELOW_ACT, BELOW_SLOPE)
             # Outside the tensor dx is 0, but 0 times an infinite slope or distance would not be.
             db = tl.where(mask, db, 0)
             sum_db += tl.sum(db, 0)
-            sum_db_z += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+            if below.z is not None:
+                sum_db_z += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
             if beside is not None:
                 z = tl.load(beside.z + at, mask, 0).to(ACC)
                 mean = tl.load(beside.mean + j, j_mask, 0)
@@ -153,6 +180,9 @@ def launch_dgrad(
     above: Above | None,
     above_act: str,
     above_slope: float,
+    source: Source | None,
+    source_act: str,
+    source_slope: float,
     weight: Tensor,
     input_size: list[int],
     stride: list[int],
@@ -166,7 +196,10 @@ def launch_dgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, partial sums or None); dy [N, K, *], dx [N, J, *input_size]."""
     packed = weights.transformed(weight, ("taps of dgrad", dy.dtype), lambda w: _taps(w, dy.dtype))
-    dy = dy.contiguous(memory_format=torch.channels_last) if above is None else like(dy, above.z)
+    if above is None or above.z is None:
+        dy = dy.contiguous(memory_format=torch.channels_last)
+    else:
+        dy = like(dy, above.z)
     batch, out_channels, out_height, out_width = dy.shape
     in_channels = weight.shape[1]
     height, width = input_size
@@ -182,17 +215,20 @@ def launch_dgrad(
     phase_pixels = batch * phase_height * phase_width
     phase_tiles = cdiv(phase_pixels, BLOCK_M)
     tiles = stride[0] * stride[1] * phase_tiles
-    blocks, splits, per_split = split_tiles(
-        tiles * BLOCK_M, BLOCK_M, in_channels, below is not None
-    )
+    with_sums = beside is not None or (below is not None and below.z is not None)
+    blocks, splits, per_split = split_tiles(tiles * BLOCK_M, BLOCK_M, in_channels, with_sums)
     acc = accumulator(dy.dtype)
-    parts = None
-    if below is not None:
+    parts = q = None
+    if source is not None:
+        q = gram_of_weights(weight, above, dy.dtype, batch * out_height * out_width)
+    if with_sums:
         sums = 2 if beside is None else 3
         parts = torch.empty((sums, splits, in_channels), dtype=acc, device=dy.device)
     conv_dgrad_kernel[(blocks, splits)](
         dy,
         above,
+        source,
+        q,
         packed,
         dx,
         None if add is None else like(add, dx),
@@ -214,6 +250,8 @@ def launch_dgrad(
         per_split,
         above_act,
         above_slope,
+        source_act,
+        source_slope,
         below_act,
         below_slope,
         *weight.shape[2:],
