@@ -22,7 +22,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import torch
 import torchvision
-from bnfast.triton_kernels import conv_fwd
+from bnfast.triton_kernels import conv, conv_fwd
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -191,20 +191,16 @@ class Bottleneck(nn.Module):
 @contextlib.contextmanager
 def route(name: str) -> Iterator[None]:
     """Within it convolutions go one of the ROUTES."""
-    conv, joins = ROUTES[name]
-    before, fuses = os.environ.get("BNFAST_TRITON_CONV"), triton_kernels.fuses_chain
-    os.environ["BNFAST_TRITON_CONV"] = conv
+    way, joins = ROUTES[name]
+    before, fuses = conv.route, triton_kernels.fuses_chain
+    conv.route = way
     if not joins:
         triton_kernels.fuses_chain = lambda *args: False
     try:
         with bnfast.use_backend("triton"):
             yield
     finally:
-        triton_kernels.fuses_chain = fuses
-        if before is None:
-            del os.environ["BNFAST_TRITON_CONV"]
-        else:
-            os.environ["BNFAST_TRITON_CONV"] = before
+        conv.route, triton_kernels.fuses_chain = before, fuses
 
 
 def step(model: nn.Module, x: Tensor) -> None:

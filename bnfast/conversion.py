@@ -9,7 +9,7 @@ from torch import nn
 
 from . import dispatch
 from .freezing import freeze
-from .nn import FROZEN_CLASSES, NORM_CLASSES, ORIGINAL_CLASSES, PlannedForward
+from .nn import FROZEN_CLASSES, NORM_CLASSES, ORIGINAL_CLASSES, Options, PlannedForward
 from .planning import BlockPlans, is_norm, norm_act, plans_of
 
 _FORMATS = (torch.channels_last, torch.contiguous_format, None)
@@ -22,6 +22,7 @@ def convert(
     inplace: bool = False,
     backend: str = "auto",
     memory_format: torch.memory_format | None = torch.channels_last,
+    memory: str = "normal",
 ) -> nn.Module:
     """The same model, made fast and small for training with frozen convolutions (arXiv 2003.00152).
 
@@ -34,6 +35,8 @@ def convert(
     backend: a name of `backends()`, or "auto".
     memory_format: torch.channels_last runs blocks that are given plain NCHW input in channels_last and hands out NCHW; with
     torch.contiguous_format or None the layout stays the input's.
+    memory: "low" also gives up the output of 1x1 expansions, which are larger than what they are made from (the ends of bottlenecks;
+    MobileNetV2's expansions), and runs these convolutions again in the backward pass: the same numbers, less memory, more time.
 
     Raises TypeError or ValueError for arguments that make no sense, RuntimeError for a backend that is not available; the
     model is then as it was.
@@ -46,6 +49,9 @@ def convert(
             f"memory_format is {memory_format}; allowed are torch.channels_last, "
             "torch.contiguous_format and None"
         )
+    if memory not in ("normal", "low"):
+        raise ValueError(f"memory is {memory!r}; allowed are 'normal' and 'low'")
+    options = Options(backend, memory_format == torch.channels_last, memory == "low")
     if not inplace:
         model = copy.deepcopy(model)
     if train != "keep":
@@ -59,13 +65,11 @@ def convert(
     for block in reversed(list(model.modules())):
         if not _can_hold_plan(block):
             continue
-        found = plans_of(block, backend, memory_format == torch.channels_last, known)
+        found = plans_of(block, options, known)
         for path, note in found.partners.items():
             block.get_submodule(path).__dict__["_bnfast_note"] = note
         if found.plans:
-            PlannedForward(
-                block, found.plans, backend, memory_format == torch.channels_last
-            ).install()
+            PlannedForward(block, found.plans, options).install()
         block.__dict__["_bnfast_found"] = _Findings.of(found)
     return model
 

@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -240,11 +240,11 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
     return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
 
 
-def run_chain(x: Tensor, backend: str, *entries: tuple) -> Tensor:
+def run_chain(x: Tensor, backend: str, *entries: tuple, low_memory: bool = False) -> Tensor:
     """Runs a chain of (conv, bn, act, negative_slope, residual, adds_in_place, squeeze, source, residual_source) units.
 
     conv, bn, residual, squeeze and the sources may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`;
-    the sources are links within the chain, see `ops.Unit`. Decides at each call what runs fused: where a
+    the sources are links within the chain, see `ops.Unit`; low_memory is that of `ops.frozen_conv_bn_act`. Decides at each call what runs fused: where a
     convolution's or a squeeze's weight or bias needs a gradient, or a residual has another shape or dtype than what it is
     added to, every unit runs on its own and what cannot be fused as itself.
     """
@@ -255,7 +255,7 @@ def run_chain(x: Tensor, backend: str, *entries: tuple) -> Tensor:
         if unit is None or not values.fit(unit):
             return _run_apart(x, backend, entries)
         units.append(unit)
-    return ops.frozen_conv_bn_act(x, units, backend)
+    return ops.frozen_conv_bn_act(x, units, backend, low_memory)
 
 
 def _fits(x: Tensor, conv: nn.Module | None) -> bool:
@@ -275,18 +275,22 @@ def _unit(
     stride = padding = dilation = ()
     groups = 1
     if conv is not None:
-        weight, bias = _held(conv, "weight"), _held(conv, "bias")
+        weight, bias = (
+            _held(conv._parameters, conv, "weight"),
+            _held(conv._parameters, conv, "bias"),
+        )
+        dims = weight.dim()
         if (
-            x.dim() != weight.dim()
+            x.dim() != dims
             or weight.requires_grad
             or (bias is not None and bias.requires_grad)
             or unsupported_conv(conv) is not None
         ):
             return None
-        if weight.dim() > 2:
+        if dims > 2:
             stride, padding = conv.stride, _padding(conv)
             dilation, groups = conv.dilation, conv.groups
-    if not _squeeze_fits(x, squeeze):
+    if squeeze is not None and not _squeeze_fits(x, squeeze):
         return None
     norm, group = _NO_NORM, None
     if bn is not None:
@@ -298,11 +302,10 @@ def _unit(
     return ops.Unit(weight, bias, stride, padding, dilation, groups, *norm, *rest)
 
 
-def _held(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer, without nn.Module's search through all that a module holds where it lies in the first place;
-    replicas and parametrized modules have it elsewhere."""
-    value = module._parameters.get(name)
-    return getattr(module, name) if value is None else value
+def _held(place: dict[str, Tensor | None], module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer from the dictionary where it lies in the first place, without nn.Module's search through all that a
+    module holds; replicas and parametrized modules have it elsewhere."""
+    return place[name] if name in place else getattr(module, name)
 
 
 def _run_apart(x: Tensor, backend: str, entries: tuple) -> Tensor:
@@ -334,6 +337,7 @@ class _Values:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
+        self.conv_dtype: torch.dtype | None = None  # of convolutions' outputs, once there is one
         self.values = [(list(x.shape), x.dtype)]  # of the chain's input, then of each unit's output
 
     def fit(self, unit: ops.Unit) -> bool:
@@ -342,9 +346,11 @@ class _Values:
         weight = unit.weight
         if weight is not None:
             sizes = conv_output_size(shape[2:], weight, unit.stride, unit.padding, unit.dilation)
-            shape = [shape[0], weight.shape[0], *sizes]
-            if dtype != torch.float64 and torch.is_autocast_enabled(self.x.device.type):
-                dtype = torch.get_autocast_dtype(self.x.device.type)
+            if self.conv_dtype is None:
+                kind = self.x.device.type
+                autocast = dtype != torch.float64 and torch.is_autocast_enabled(kind)
+                self.conv_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
+            shape, dtype = [shape[0], weight.shape[0], *sizes], self.conv_dtype
         self.values.append((shape, dtype))
         residual = unit.residual
         if unit.residual_source is not None:
@@ -385,16 +391,17 @@ def _norm_fields(bn: nn.Module) -> tuple:
     """From normalize to eps of an `ops.Unit`: BatchNorm's rules about its mode, buffers and momentum, as in
     nn.BatchNorm2d.forward."""
     training, momentum = bn.training, bn.momentum
-    mean, var = bn.running_mean, bn.running_var
+    parameters, buffers = bn._parameters, bn._buffers
+    mean, var = _held(buffers, bn, "running_mean"), _held(buffers, bn, "running_var")
     use_batch = training or (mean is None and var is None)
     tracked = None
     if training and not bn.track_running_stats:
         mean = var = None
     elif training:
-        tracked = bn.num_batches_tracked
+        tracked = _held(buffers, bn, "num_batches_tracked")
     if momentum is None and tracked is None:
         momentum = 0.0
-    affine = (_held(bn, "weight"), _held(bn, "bias"))
+    affine = (_held(parameters, bn, "weight"), _held(parameters, bn, "bias"))
     return True, use_batch, *affine, mean, var, tracked, momentum, bn.eps
 
 
@@ -414,30 +421,48 @@ class Guard:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a block: generated code, and what must hold for it to be the block's own forward."""
+    """One way to run a block: generated code, and what must hold for it to be the block's own forward.
+
+    run takes the block, the list of modules that `fitting` gives, and the inputs.
+    """
 
     run: Callable[..., Any]
     source: str
     inputs: tuple[str, ...]
     list_inputs: frozenset[str]
-    guards: tuple[Guard, ...]
+    guards: tuple[
+        Guard, ...
+    ]  # in the order of their paths: a module comes behind those that hold it
+    anchors: tuple[tuple[int, tuple[str, ...]], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """For each guard the place of the nearest module above it among them, -1 for the block, and the way from there."""
+        places = {guard.path: place for place, guard in enumerate(self.guards)}
+        anchors = []
+        for guard in self.guards:
+            above = [n for n in range(len(guard.path)) if guard.path[:n] in places]
+            length = above[-1] if above else 0
+            anchors.append((places[guard.path[:length]] if above else -1, guard.path[length:]))
+        object.__setattr__(self, "anchors", tuple(anchors))
 
     def __deepcopy__(self, memo: dict) -> "Plan":
         return self
 
-    def fits(self, block: nn.Module, args: tuple) -> bool:
-        """Whether this plan does what the block's forward would do on these arguments now."""
+    def fitting(self, block: nn.Module, args: tuple) -> list[nn.Module] | None:
+        """The modules of the guards, where this plan does what the block's forward would do on these arguments now; else None."""
         for name, value in zip(self.inputs, args, strict=True):
             if not isinstance(value, list if name in self.list_inputs else Tensor):
-                return False
-        for guard in self.guards:
-            module = block
-            for name in guard.path:
+                return None
+        modules = []
+        for guard, (anchor, way) in zip(self.guards, self.anchors, strict=True):
+            module = block if anchor < 0 else modules[anchor]
+            for name in way:
                 module = module._modules.get(name)
                 if module is None:
-                    return False
+                    return None
             if type(module) is not guard.cls:
-                return False
+                return None
+            modules.append(module)
             if guard.is_called and (
                 type(module.__dict__.get("forward")) not in (type(None), PlannedForward)
                 or module._forward_hooks
@@ -445,18 +470,26 @@ class Plan:
                 or module._backward_hooks
                 or module._backward_pre_hooks
             ):
-                return False
+                return None
             if guard.children is not None:
                 children = module._modules
                 if len(children) != len(guard.children):
-                    return False
+                    return None
                 for name, cls in guard.children:
                     if type(children.get(name)) is not cls:
-                        return False
+                        return None
             for name, value in guard.attributes:
                 if getattr(module, name, guard) != value:
-                    return False
-        return True
+                    return None
+        return modules
+
+
+class Options(NamedTuple):
+    """What convert() was asked for: see there."""
+
+    backend: str = "auto"
+    channels_last: bool = True
+    low_memory: bool = False
 
 
 class PlannedForward:
@@ -465,13 +498,10 @@ class PlannedForward:
     Plans hold names, never modules, so copies share them; a pickle leaves them out and the first call makes them again.
     """
 
-    def __init__(
-        self, block: nn.Module, plans: tuple[Plan, ...], backend: str, channels_last: bool
-    ) -> None:
+    def __init__(self, block: nn.Module, plans: tuple[Plan, ...], options: Options) -> None:
         self.block = block
         self.plans: tuple[Plan, ...] | None = plans
-        self.backend = backend
-        self.channels_last = channels_last
+        self.options = options
 
     def install(self) -> None:
         """Puts it, and its way through nn.DataParallel, on the block."""
@@ -481,7 +511,7 @@ class PlannedForward:
     def replicate(self) -> nn.Module:
         """A replica of the block for nn.DataParallel, whose forward is bound to the replica."""
         replica = type(self.block)._replicate_for_data_parallel(self.block)
-        PlannedForward(replica, self.plans, self.backend, self.channels_last).install()
+        PlannedForward(replica, self.plans, self.options).install()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -509,14 +539,15 @@ class PlannedForward:
                     values = _bind(type(block).forward, block, args, kwargs, plan.inputs)
                     if values is None:
                         break
-                if plan.fits(block, values):
-                    return plan.run(block, *values)
+                modules = plan.fitting(block, values)
+                if modules is not None:
+                    return plan.run(block, modules, *values)
         return type(block).forward(block, *args, **kwargs)
 
     def _plan_again(self) -> None:
         from .planning import plans_of
 
-        self.plans = plans_of(self.block, self.backend, self.channels_last).plans
+        self.plans = plans_of(self.block, self.options).plans
 
 
 def _global_hooks() -> bool:

@@ -102,10 +102,7 @@ class _Spec(NamedTuple):
     source: int
     residual_source: int | None
 
-    @property
-    def has_own_statistics(self) -> bool:
-        """Whether it normalises by the statistics of this process' batch."""
-        return self.normalize and self.use_batch_statistics and self.group is None
+    has_own_statistics: bool  # it normalises by the statistics of this process' batch
 
     @property
     def is_fusable(self) -> bool:
@@ -113,7 +110,9 @@ class _Spec(NamedTuple):
         return self.has_own_statistics and self.squeeze is None
 
 
-def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") -> Tensor:
+def frozen_conv_bn_act(
+    x: Tensor, units: Sequence[Unit], backend: str = "auto", low_memory: bool = False
+) -> Tensor:
     """Runs a chain of units, each on the output of the one before or of the one that it names; every output but the last is
     read by units of the chain alone.
 
@@ -122,10 +121,14 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
     hides the activation's sign (the residual itself in front of silu and hardswish); never a convolution's input. Of
     a 1x1 convolution that the backend `fuses_gram` only the bits. Squeeze and excitation computes its input again from the unit
     before it, or saves it where there is none (or one with a residual).
+    low_memory: of a 1x1 convolution whose output has twice the channels of its input or more nothing is saved but the bits where the
+    unit before it is; the convolution runs again in the backward pass.
     Gradients flow to x, gamma, beta and residual. Under autocast convolutions run in its dtype.
 
     Raises ValueError for what does not fit together, RuntimeError where a second derivative is asked for.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x is of dtype {x.dtype}; floating point is needed")
     name = dispatch.pick(backend, x.device)
     for i, unit in enumerate(units):
         _check(unit, x, i)
@@ -134,7 +137,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
         if x.dtype != torch.float64:
             if units[0].weight is None:
                 # A leading BatchNorm stays in its input's dtype; the convolutions behind it do not.
-                x = frozen_conv_bn_act(x, units[:1], backend)
+                x = frozen_conv_bn_act(x, units[:1], backend, low_memory)
                 units = [_one_earlier(unit) for unit in units[1:]]
             x = x.to(dtype)
     if torch.compiler.is_compiling():
@@ -172,6 +175,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
                 unit.group,
                 i - 1 if unit.source is None else unit.source,
                 unit.residual_source,
+                unit.normalize and unit.use_batch_statistics and unit.group is None,
             )
         )
     for unit in units:
@@ -180,7 +184,7 @@ def frozen_conv_bn_act(x: Tensor, units: Sequence[Unit], backend: str = "auto") 
     saves = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
-    return _Chain.apply(tuple(specs), name, saves, x, *tensors)
+    return _Chain.apply(tuple(specs), name, saves, low_memory, x, *tensors)
 
 
 def _one_earlier(unit: Unit) -> Unit:
@@ -196,30 +200,33 @@ def _one_earlier(unit: Unit) -> Unit:
 def _check(unit: Unit, x: Tensor, place: int) -> None:
     if unit.act not in ACTS:
         raise ValueError(f"act is {unit.act!r}; allowed are {', '.join(map(repr, ACTS))}")
-    for name in ("weight", "bias"):
-        tensor = getattr(unit, name)
+    weight, bias, residual = unit.weight, unit.bias, unit.residual
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} needs a gradient; frozen_conv_bn_act computes none for it: "
                 f"set {name}.requires_grad_(False), or run the convolution outside"
             )
-    for name, link in (("source", unit.source), ("residual_source", unit.residual_source)):
-        if link is not None and not -1 <= link < place:
-            raise ValueError(f"{name} of unit {place} is {link}; allowed are -1 to {place - 1}")
-    if unit.residual is not None and unit.residual_source is not None:
+    source, residual_source = unit.source, unit.residual_source
+    if source is not None or residual_source is not None:
+        for name, link in (("source", source), ("residual_source", residual_source)):
+            if link is not None and not -1 <= link < place:
+                raise ValueError(f"{name} of unit {place} is {link}; allowed are -1 to {place - 1}")
+    if residual is not None and residual_source is not None:
         raise ValueError(f"unit {place} has both a residual and a residual_source")
     if unit.squeeze is not None:
         _check_squeeze(unit.squeeze, x)
-    if unit.weight is None and not unit.normalize:
-        raise ValueError("a unit without weight and with normalize=False has nothing to compute")
-    has_residual = unit.residual is not None or unit.residual_source is not None
-    if not unit.normalize and (unit.act != "identity" or has_residual):
-        raise ValueError("act and residual follow a BatchNorm; with normalize=False there is none")
-    has_buffers = unit.running_mean is not None and unit.running_var is not None
-    if unit.normalize and not (unit.use_batch_statistics or has_buffers):
+    if not unit.normalize:
+        if weight is None:
+            raise ValueError(
+                "a unit without weight and with normalize=False has nothing to compute"
+            )
+        if unit.act != "identity" or residual is not None or residual_source is not None:
+            raise ValueError(
+                "act and residual follow a BatchNorm; with normalize=False there is none"
+            )
+    elif not unit.use_batch_statistics and (unit.running_mean is None or unit.running_var is None):
         raise ValueError("use_batch_statistics is False; that needs running_mean and running_var")
-    if not x.is_floating_point():
-        raise ValueError(f"x is of dtype {x.dtype}; floating point is needed")
 
 
 def _check_squeeze(squeeze: SqueezeExcite, x: Tensor) -> None:
@@ -248,26 +255,30 @@ class _Chain(torch.autograd.Function):
     unit's bn_fwd_apply inside of its readers' convolutions, and its bn_bwd_reduce inside of the last one's data gradient."""
 
     @staticmethod
-    def forward(ctx, specs, backend, saves, x, *tensors):
-        run = _Forward(dispatch.module(backend), specs, saves, x, tensors)
+    def forward(ctx, specs, backend, saves, low_memory, x, *tensors):
+        run = _Forward(dispatch.module(backend), specs, saves, low_memory, x, tensors)
         y = run()
         if saves:
-            ctx.save_for_backward(*run.saved, *run.saved_squeeze)
+            ctx.save_for_backward(*run.saved, *run.saved_biases, *run.saved_squeeze)
             ctx.specs, ctx.backend = specs, backend
             ctx.input_sizes, ctx.shares = run.input_sizes, run.shares
+            ctx.joins, ctx.readers, ctx.dropped = run.joins, run.readers, run.dropped
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return None, None, None, *_Backward(ctx).run(dy)
+        return None, None, None, None, *_Backward(ctx).run(dy)
 
 
 class _Forward:
     """The forward pass of one chain, from its first unit to its last, and what it keeps for the backward pass."""
 
-    def __init__(self, phases, specs, saves: bool, x: Tensor, tensors: tuple) -> None:
+    def __init__(
+        self, phases, specs, saves: bool, low_memory: bool, x: Tensor, tensors: tuple
+    ) -> None:
         self.phases, self.specs, self.saves, self.tensors = phases, specs, saves, tensors
+        self.low_memory = low_memory
         self.readers = _readers(specs)
         self.fuses = _Fuses(phases, specs, tensors)
         self.outputs: list[Tensor | None] = [None] * len(specs) + [x]  # the last one is -1's
@@ -279,6 +290,12 @@ class _Forward:
         self.saved_squeeze: list[Tensor | None] = []
         self.input_sizes: list[torch.Size] = []
         self.shares: list = []
+        # Whether the backend joins the unit's convolution with what is around it.
+        self.saved_biases: list[Tensor | None] = []
+        self.dropped: list[
+            int
+        ] = []  # units whose z the backward pass makes again, and in the same order their biases
+        self.joins: list[bool] = []
 
     def __call__(self) -> Tensor:
         """The output of the last unit."""
@@ -289,6 +306,7 @@ class _Forward:
             self.input_sizes.append(x.shape[2:])
             if spec.squeeze is not None:
                 x = self.squeeze(x, spec, next(squeezes))
+            self.joins.append(self.fuses(i, x))
             outputs[i] = self.unit(i, spec, x)
             for k in (spec.source, spec.residual_source):
                 if k is not None and k >= 0 and self.readers[k][-1] == i:
@@ -341,13 +359,28 @@ class _Forward:
                 sizes = conv_output_size(x.shape[2:], weight, *geometry)
                 _check_count([1, weight.shape[0], *sizes])
             z, mean, rstd, y, bits = self.convolution(i, spec, x, conv, stats, affine)
+        if self.low_memory and z is not None and self.drops(i, spec, weight):
+            self.dropped.append(i)
+            self.saved_biases.append(bias)
+            z = None
         if spec.normalize and residual is None and z is not None:
             self.recomputable.add(i)
         hidden = residual if residual is not None and act in SMOOTH_ACTS else None
-        bits = bits if want_bits or z is None else None
+        bits = bits if want_bits or (z is None and i not in self.dropped) else None
         self.saved += (weight, gamma, beta, z, mean, rstd, bits, hidden)
         self.shares.append(share)
         return y
+
+    def drops(self, i: int, spec: _Spec, weight: Tensor | None) -> bool:
+        """Whether z of unit i is larger than what a cheap convolution makes it of, and that is recomputable."""
+        return (
+            weight is not None
+            and math.prod(weight.shape[2:]) == 1
+            and weight.shape[0] >= 2 * weight.shape[1] * spec.groups
+            and spec.squeeze is None
+            and not self.joins[i]
+            and spec.source in self.recomputable
+        )
 
     def convolution(self, i: int, spec: _Spec, x: Tensor, conv, stats, affine) -> tuple:
         """(z, mean, rstd, y, bits) of a convolution with batch statistics of its own: joined with the phases around it where the
@@ -371,7 +404,7 @@ class _Forward:
         if before is None:
             z, mean, _, rstd = phases.conv_fwd_reduce(x, *conv, *stats)
         else:
-            z, mean, _, rstd = phases.bn_fwd_apply_conv_fwd_reduce(x, *before, *conv, *stats)
+            z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(x, *before, *conv, *stats)
         norm = Norm(mean, rstd, gamma, beta)
         if waits:
             self.waiting[i] = (norm, act, slope)
@@ -391,14 +424,15 @@ class _Fuses:
 
     def __call__(self, i: int, x: Tensor) -> bool:
         """Unit i; x has the layout and dtype of its input."""
-        if i not in self.answers:
+        answer = self.answers.get(i)
+        if answer is None:
             weight, spec = self.tensors[8 * i], self.specs[i]
-            self.answers[i] = (
+            answer = self.answers[i] = (
                 weight is not None
                 and spec.is_fusable
                 and self.phases.fuses_chain(x, weight, spec.groups)
             )
-        return self.answers[i]
+        return answer
 
     def gram(self, i: int, x: Tensor) -> bool:
         """Whether unit i, which is not to wait, goes without z: by the statistics of its input, which is recomputable."""
@@ -434,22 +468,26 @@ class _Backward:
         self.specs = ctx.specs
         self.input_sizes = ctx.input_sizes
         self.shares = ctx.shares
+        self.joins = ctx.joins
         self.saved = list(ctx.saved_tensors)
+        begin = 8 * len(self.specs)
+        end = begin + len(ctx.dropped)
+        self.dropped = dict(zip(ctx.dropped, self.saved[begin:end], strict=True))
         if not torch.compiler.is_compiling():
             # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
             ctx.maybe_clear_saved_tensors()
-        needs_x, *self.needs = ctx.needs_input_grad[3:]
+        needs_x, *self.needs = ctx.needs_input_grad[4:]
         count = len(self.specs)
         # Whether what flows back into each unit's output, and at the end into the chain's input, is asked for.
         self.wanted = [False] * count + [needs_x]
         for i, spec in enumerate(self.specs):
             r = spec.residual_source
             self.wanted[i] = (
-                any(self.needs[8 * i : 8 * i + 8])
-                or self.wanted[spec.source]
+                self.wanted[spec.source]
+                or True in self.needs[8 * i : 8 * i + 8]
                 or (r is not None and self.wanted[r])
             )
-        self.remaining = [len(readers) for readers in _readers(self.specs)]
+        self.remaining = [len(readers) for readers in ctx.readers]
         self.flowing: list[Tensor | None] = [None] * (count + 1)
         # Whether a gradient was made here and nobody else holds it: then it may be written over.
         self.ours = [False] * (count + 1)
@@ -469,9 +507,19 @@ class _Backward:
                 at = next(squeezes)
                 squeeze = self.saved[at : at + 5]
             if self.wanted[i]:
+                if i in self.dropped:
+                    self.saved[8 * i + 3] = self.made_again(i, spec)
                 self.unit(i, spec, squeeze)
             self.saved[8 * i : 8 * i + 8] = [None] * 8
         return self.flowing[-1], *self.grads
+
+    def made_again(self, i: int, spec: _Spec) -> Tensor:
+        """z of unit i from that of the unit before."""
+        before = self.specs[spec.source]
+        z, *norm = self.source(spec.source)
+        x, _ = self.phases.bn_fwd_apply(z, *norm, None, before.act, before.slope, False)
+        conv = (self.saved[8 * i], self.dropped[i], spec.stride, spec.padding, spec.dilation)
+        return self.phases.conv_forward(x, *conv, spec.groups)
 
     def state(self, i: int) -> tuple:
         """(weight, gamma, beta, z, mean, rstd, bits, hidden residual) of unit i. Where it normalises and has no z, its mean is that
@@ -494,14 +542,9 @@ class _Backward:
         r = spec.residual_source
         needs_residual = self.needs[8 * i + _RESIDUAL] or (r is not None and self.wanted[r])
         want = needs_residual and act != "identity"
-        z = self.saved[8 * i + 3]
-        joins = (
-            needs_input
-            and weight is not None
-            and spec.is_fusable
-            and (z is None or self.phases.fuses_chain(z, weight, spec.groups))
-        )
-        run = self.without_z if z is None else self.joined if joins else self.alone
+        has_z = self.saved[8 * i + 3] is not None
+        joins = needs_input and (self.joins[i] or not has_z)
+        run = self.alone if has_z and not joins else self.joined if has_z else self.without_z
         may_overwrite = self.ours[i] and (want or not needs_residual)
         sums, dresidual, dx = run(i, spec, dy, act, sums, want, needs_input, may_overwrite, conv)
         if needs_residual:
@@ -511,9 +554,9 @@ class _Backward:
             else:
                 self.flow(r, dresidual, want or self.ours[i])
         if self.needs[8 * i + _GAMMA]:
-            self.grads[8 * i + _GAMMA] = sums[0].to(gamma.dtype)
+            self.grads[8 * i + _GAMMA] = _cast(sums[0], gamma.dtype)
         if self.needs[8 * i + _BETA]:
-            self.grads[8 * i + _BETA] = sums[1].to(beta.dtype)
+            self.grads[8 * i + _BETA] = _cast(sums[1], beta.dtype)
         if joins:
             self.below(i, spec, conv, *dx)
         elif needs_input:
@@ -568,7 +611,8 @@ class _Backward:
         if k >= 0 and self.remaining[k] == 0:
             target = self.specs[k]
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
-            if target.has_own_statistics and hidden is None and (z is None or _is_last(z)):
+            is_last = z is None or self.joins[k] or _is_last(z)
+            if hidden is None and is_last and target.has_own_statistics:
                 below = Below(z, bits, mean, rstd, gamma, beta)
                 if bits is not None:
                     self.masked.add(k)
@@ -649,6 +693,11 @@ class _Backward:
         self.flowing[k] = gradient
         # Captured graphs stay functional.
         self.ours[k] = is_ours and not torch.compiler.is_compiling()
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes its time where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _is_last(z: Tensor) -> bool:

@@ -20,6 +20,7 @@ from .nn import (
     FROZEN_CLASSES,
     NORM_CLASSES,
     Guard,
+    Options,
     Plan,
     PlannedForward,
     run_chain,
@@ -197,8 +198,7 @@ class BlockPlans:
 
 def plans_of(
     block: nn.Module,
-    backend: str,
-    channels_last: bool,
+    options: Options,
     known: dict[tuple[str, int], bool] | None = None,
 ) -> BlockPlans:
     """Plans for all modes that the block's forward can be in; empty, with the reason, where it has no trace or no unit.
@@ -209,7 +209,7 @@ def plans_of(
     if is_patched(block):
         return BlockPlans(reason=f"{type(block).__name__}.forward is replaced on this object")
     if norm_act(block) is not None:
-        return _norm_act_plan(block, backend)
+        return _norm_act_plan(block, options)
     known = {} if known is None else known
     for child in list(block.modules())[1:]:
         if ("inlined", id(child)) not in known:
@@ -238,7 +238,7 @@ def plans_of(
                 found.reason = found.reason or f"{name}.forward cannot be traced: {error}"
                 continue
             for traced in traces:
-                plan = _Builder(block, traced, backend, channels_last, found, known).plan()
+                plan = _Builder(block, traced, options, found, known).plan()
                 if plan is not None:
                     plans.append(plan)
         if not any("training" in names for t in traces for names in t.reads.values()):
@@ -247,12 +247,14 @@ def plans_of(
     return found
 
 
-def _norm_act_plan(block: nn.Module, backend: str) -> BlockPlans:
+def _norm_act_plan(block: nn.Module, options: Options) -> BlockPlans:
     """The plan of a timm BatchNormAct2d on its own: itself as one unit."""
     act, slope = norm_act(block)
 
-    def run(self, x):
-        return run_chain(x, backend, (None, self, act, slope, None, False, None, None, None))
+    def run(self, modules, x):
+        return run_chain(
+            x, options.backend, (None, self, act, slope, None, False, None, None, None)
+        )
 
     children = tuple((name, type(child)) for name, child in block._modules.items())
     guards = [Guard((), type(block), children, (), False)]
@@ -351,7 +353,7 @@ def _trace_writes(module: nn.Module, known: dict[tuple[str, int], bool]) -> bool
             except Untraceable:
                 return True
         for traced in traces:
-            builder = _Builder(module, traced, "auto", False, BlockPlans(), known)
+            builder = _Builder(module, traced, Options(), BlockPlans(), known)
             roots = builder.alias_roots()
             for node in traced.graph.nodes:
                 if any(r.op == "placeholder" for n in builder.writes(node) for r in roots[n]):
@@ -381,12 +383,11 @@ def norm_act(module: nn.Module) -> tuple[str, float] | None:
 class _Builder:
     """Makes one plan from one trace."""
 
-    def __init__(self, block, traced: Trace, backend, channels_last, found: BlockPlans, known):
+    def __init__(self, block, traced: Trace, options: Options, found: BlockPlans, known):
         self.block = block
         self.traced = traced
         self.graph = traced.graph
-        self.backend = backend
-        self.channels_last = channels_last
+        self.options = options
         self.found = found
         self.known = known
         self.called: set[tuple[str, ...]] = set()  # modules that the plan runs without calling them
@@ -406,7 +407,7 @@ class _Builder:
         convs = [unit.conv.target for unit in units if unit.conv is not None]
         written = self._written(units)
         run_nodes = [self._replace(chain) for chain in chains]
-        if self.channels_last and written is not None:
+        if self.options.channels_last and written is not None:
             self._keep_layout(run_nodes, convs, written)
         self.graph.lint()
         return self._compile()
@@ -773,7 +774,9 @@ class _Builder:
                 source = places[unit.input] if i else -1
                 rest = (unit.adds_in_place, squeeze, None if source == i - 1 else source)
                 entries.append((*modules, unit.act, unit.slope, residual, *rest, residual_source))
-            call = self.graph.call_function(run_chain, (chain[0].input, self.backend, *entries))
+            low = {"low_memory": True} if self.options.low_memory else {}
+            given = (chain[0].input, self.options.backend, *entries)
+            call = self.graph.call_function(run_chain, given, low)
         last.replace_all_uses_with(call)
         nodes = [node for unit in chain for node in unit.nodes()]
         for node in sorted(nodes, key=lambda node: -self.order[node]):
@@ -878,6 +881,8 @@ class _Builder:
         return node.op == "call_method" and node.target in _LAYOUT_FREE_METHODS
 
     def _compile(self) -> Plan:
+        guards = self._guards()
+        self._take_modules(guards)
         code = self.graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<bnfast plan of {type(self.block).__name__}>", "exec"), namespace)
@@ -886,8 +891,22 @@ class _Builder:
             source=code.src,
             inputs=self.traced.inputs,
             list_inputs=self.traced.list_inputs,
-            guards=self._guards(),
+            guards=guards,
         )
+
+    def _take_modules(self, guards: tuple[Guard, ...]) -> None:
+        """Lets the code read modules from a list, in the order of the guards, which hold them already when the code runs."""
+        places = {".".join(guard.path): place for place, guard in enumerate(guards)}
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            modules = self.graph.placeholder("modules")
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and node.target in places:
+                with self.graph.inserting_before(node):
+                    item = self.graph.call_function(
+                        operator.getitem, (modules, places[node.target])
+                    )
+                node.replace_all_uses_with(item)
+                self.graph.erase_node(node)
 
     def _guards(self) -> tuple[Guard, ...]:
         paths = {*self.traced.visited, *self.called, *self.reads}

@@ -146,13 +146,22 @@ def conv_output_size(
     dilation: Sequence[int],
 ) -> list[int]:
     """Spatial sizes of a convolution's output; [] for a linear layer."""
-    if weight.dim() == 2:
-        return []
+    kernel = weight.shape[2:]
+    if len(kernel) == 2:  # spelled out, as it is asked for at every call of most units
+        (h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (
+            input_size,
+            kernel,
+            stride,
+            padding,
+            dilation,
+        )
+        return [
+            (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1,
+            (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1,
+        ]
     return [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            input_size, weight.shape[2:], stride, padding, dilation, strict=True
-        )
+        for size, k, s, p, d in zip(input_size, kernel, stride, padding, dilation, strict=True)
     ]
 
 
@@ -436,9 +445,11 @@ def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 def bn_fwd_apply_conv_fwd_reduce(
     z: Tensor, norm: Norm, act: str, slope: float, *args
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bn_fwd_apply of the unit before, whose y is read by nobody else, and conv_fwd_reduce, whose arguments behind x are args."""
-    return conv_fwd_reduce(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *args)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bn_fwd_apply of the unit before, whose y is read by nobody else, and conv_fwd_reduce, whose arguments behind x are args:
+    (z, mean, rstd)."""
+    z, mean, _, rstd = conv_fwd_reduce(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *args)
+    return z, mean, rstd
 
 
 def bn_fwd_apply_both(

@@ -38,10 +38,11 @@ def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]
     if entry is None or entry.weight() is not weight or entry.state != state:
         entry = _Entry(weakref.ref(weight, lambda ref, key=key: _forget(key, ref)), state)
         _entries[key] = entry
-    if form not in entry.forms:
+    made = entry.forms.get(form)
+    if made is None:
         with torch.no_grad():
-            entry.forms[form] = make(weight.detach())
-    return entry.forms[form]
+            made = entry.forms[form] = make(weight.detach())
+    return made
 
 
 def clear_cache() -> None:

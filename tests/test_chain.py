@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfast import ops, reference
+from bnfast import dispatch, ops, reference
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 
@@ -191,7 +191,7 @@ FORMS = {"unit by unit": "cudnn", "joined": "fused", "without z": "gram"}
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch) -> str:
-    monkeypatch.setenv("BNFAST_TRITON_CONV", FORMS[request.param])
+    set_route(monkeypatch, FORMS[request.param])
     if request.param != "unit by unit":
         monkeypatch.setattr(
             reference, "fuses_chain", lambda x, weight, groups: groups == 1 and weight.dim() == 4
@@ -199,6 +199,12 @@ def form(request, monkeypatch) -> str:
     if request.param == "without z":
         monkeypatch.setattr(reference, "fuses_gram", is_pointwise)
     return request.param
+
+
+def set_route(monkeypatch, route: str) -> None:
+    """How Triton's convolutions go, where there is Triton."""
+    if dispatch.backends()["triton"] is True:
+        monkeypatch.setattr(dispatch.module("triton").conv, "route", route)
 
 
 def is_pointwise(x, weight, stride, padding, groups) -> bool:
@@ -285,7 +291,7 @@ def test_joined_is_as_exact_as_unit_by_unit(make, route, dtype, chain_backend, m
     x = x.contiguous(memory_format=torch.channels_last)
     results = []
     for net, way in zip(nets, ("cudnn", "cudnn", route), strict=True):
-        monkeypatch.setenv("BNFAST_TRITON_CONV", way)
+        set_route(monkeypatch, way)
         name = "reference" if net is nets[0] else chain_backend.name
         given = x.double() if net is nets[0] else x
         torch.manual_seed(1)
@@ -331,6 +337,50 @@ def test_saved_tensors_go_with_their_unit(monkeypatch):
     assert alive == [3, 3, 3]
     y.backward(torch.randn_like(y))
     assert alive[3:] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("make", [Bottleneck, End, Linear, TwoReaders])
+@pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_memory_is_the_same_to_the_bit(make, needs_x, dtype, chain_backend):
+    """And saves less: no z of a 1x1 convolution with twice as many channels as it reads, behind a unit without residual."""
+    net = make().to(chain_backend.device)
+    for layer in net.layers:
+        layer.conv.to(dtype)
+    x = torch.randn(2, net.layers[0].conv.in_channels, 6, 5).to(chain_backend.device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    dy, results, saved = None, [], []
+    for low in (False, True):
+        net.load_state_dict(state)
+        sizes = {}
+
+        def pack(t, sizes=sizes):
+            sizes[t.data_ptr()] = t.nbytes
+            return t
+
+        def run(x, low=low):
+            return ops.frozen_conv_bn_act(x, net.units(x), chain_backend.name, low_memory=low)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            given = x.clone(memory_format=torch.preserve_format).requires_grad_(needs_x)
+            y = run(given)
+        dy = torch.randn_like(y) if dy is None else dy
+        net.zero_grad()
+        y.backward(dy)
+        found = {"y": y.detach(), "dx": given.grad} | {n: p.grad for n, p in net.named_parameters()}
+        results.append(found | {n: b.clone() for n, b in net.named_buffers()})
+        saved.append(sum(sizes.values()))
+    for name, value in results[0].items():
+        assert value is results[1][name] is None or torch.equal(value, results[1][name]), name
+    # Those that fall away, values and biases counted.
+    dropped = {
+        "Bottleneck": 2 * 3 * 3 * 48,
+        "End": 2 * 6 * 5 * 20,
+        "Linear": 2 * 6 * 5 * 32,
+    }
+    dropped = dropped.get(make.__name__, 0) * x.element_size()
+    assert 0 <= dropped - (saved[0] - saved[1]) <= 4 * 48, saved
 
 
 def test_links_that_lead_nowhere_are_refused():

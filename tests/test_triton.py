@@ -19,7 +19,7 @@ import test_backends
 import triton
 import triton.language as tl
 import triton_interpreter
-from bnfast.triton_kernels import activation, bn_fwd, conv_fwd, launch, layout
+from bnfast.triton_kernels import activation, bn_fwd, conv, conv_fwd, launch, layout
 
 from bench import triton_traffic
 from bnfast import triton_kernels
@@ -171,7 +171,7 @@ def test_meta_tensors_are_refused():
 
 
 fused_convolutions = pytest.mark.parametrize(
-    "conv", [c for c in test_backends.CONVOLUTIONS if len(c[1]) == 4], ids=lambda c: c[0]
+    "case", [c for c in test_backends.CONVOLUTIONS if len(c[1]) == 4], ids=lambda c: c[0]
 )
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:]
@@ -183,17 +183,18 @@ dtypes = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "check", [test_backends.test_conv_fwd_reduce, test_backends.test_conv_dgrad]
 )
-def test_fused_convolution(conv, dtype, check, monkeypatch):
+def test_fused_convolution(case, dtype, check, monkeypatch):
     """What every backend's convolutions are tested for, with those that the kernel can take forced to go through it."""
-    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    monkeypatch.setattr(conv, "route", "fused")
     backend = conftest.Backend("triton", triton_kernels, torch.device(DEVICE))
-    check(backend, dtype, "channels_last", conv)
+    check(backend, dtype, "channels_last", case)
 
 
 def test_fused_moments_of_many_tiles(monkeypatch):
     """Several tiles per split, several splits, ragged in pixels and channels, far from 0: those of the stored z."""
-    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    monkeypatch.setattr(conv, "route", "fused")
     monkeypatch.setattr(conv_fwd, "BLOCK_M", 16)
+    monkeypatch.setattr(conv_fwd, "_plan", conv_fwd._plan.__wrapped__)
     monkeypatch.setattr(conv_fwd, "MOST_SPLITS", 5)
     monkeypatch.setattr(conv_fwd, "LEAST_VALUES", 1)
     x = torch.randn(3, 18, 7, 9).contiguous(memory_format=torch.channels_last).to(DEVICE)
@@ -212,11 +213,10 @@ def test_fused_moments_of_many_tiles(monkeypatch):
 
 def test_unknown_route_is_named(monkeypatch):
     monkeypatch.setenv("BNFAST_TRITON_CONV", "fast")
-    x, weight = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 1, 1)
     with pytest.raises(
         ValueError, match="BNFAST_TRITON_CONV is 'fast'; allowed are 'cudnn', 'fused' and 'gram'"
     ):
-        triton_kernels.conv_forward(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
+        conv.forced_route()
 
 
 def test_what_goes_without_z(monkeypatch):
@@ -225,9 +225,9 @@ def test_what_goes_without_z(monkeypatch):
     wide, narrow, large = (
         torch.randn(k, 8, size, size, device=DEVICE) for k, size in ((16, 1), (15, 1), (16, 3))
     )
-    monkeypatch.setenv("BNFAST_TRITON_CONV", "fused")
+    monkeypatch.setattr(conv, "route", "fused")
     assert not triton_kernels.fuses_gram(x, wide, (1, 1), (0, 0), 1)
-    monkeypatch.setenv("BNFAST_TRITON_CONV", "gram")
+    monkeypatch.setattr(conv, "route", "gram")
     assert triton_kernels.fuses_gram(x, wide, (1, 1), (0, 0), 1)
     for given, weight, stride, padding, groups in (
         (x, narrow, 1, 0, 1),
@@ -306,12 +306,12 @@ def test_kernels_compile_for_chips_that_are_not_there(target):
     assert run.returncode == 0, run.stdout + run.stderr
     for kernel in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply"):
         assert f"| {kernel}_kernel bf16 channels_last relu | {target} |" in run.stdout
-    for conv in (
+    for name in (
         "conv_fwd_apply_kernel bf16 1x1 without z",
         "conv_fwd_reduce_kernel bf16 3x3 stride 2 forward behind bn_fwd_apply",
         "conv_dgrad_kernel bf16 1x1 stride 1 backward into an end",
     ):
-        assert f"| {conv} | {target} |" in run.stdout
+        assert f"| {name} | {target} |" in run.stdout
     assert "| fsub fma fcmp |" in run.stdout
 
 

@@ -12,8 +12,19 @@ from torch import Tensor
 
 from .activation import act_gradient, masked, pre_activation, unpack_bits
 from .bn_fwd import bit_places, load_channels, reduced_tile, spread, tile_offsets
-from .launch import TRITON_DTYPES, check_writable, device_of
-from .layout import WARPS, cdiv, dense, is_wide, like, next_power_of_2, split_of, tile_of, view_of
+from .launch import TRITON_DTYPES, check_writable, device_of, no_elements
+from .layout import (
+    WARPS,
+    View,
+    cdiv,
+    dense,
+    is_wide,
+    like,
+    next_power_of_2,
+    split_of,
+    tile_of,
+    view_of,
+)
 
 
 @triton.jit
@@ -214,9 +225,10 @@ def bn_bwd_apply_kernel(
     tl.store(dz_ptr + at, (db * scale).to(dz_ptr.dtype.element_ty), mask)
 
 
-def bn_bwd_reduce(
+def reduce_dense(
     dy: Tensor,
     z: Tensor,
+    view: View,
     mean: Tensor,
     rstd: Tensor,
     gamma: Tensor | None,
@@ -226,45 +238,42 @@ def bn_bwd_reduce(
     act: str,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.bn_bwd_reduce."""
-    with device_of(z):
-        z = dense(z)
-        view = view_of(z)
-        if z.numel() == 0:
-            zero = torch.zeros_like(mean)
-            return zero, zero.clone()
-        split = split_of(view)
-        parts = torch.empty((2, split.splits, view.channels), dtype=mean.dtype, device=z.device)
-        bn_bwd_reduce_kernel[(split.blocks, split.splits)](
-            like(dy, z),
-            z,
-            None if residual is None else like(residual, z),
-            bits,
-            parts,
-            mean,
-            rstd,
-            gamma,
-            beta,
-            view.rows,
-            view.columns,
-            view.channels,
-            split.per_split,
-            ACT=act,
-            SLOPE=slope,
-            CHANNEL_IS_COLUMN=view.channel_is_column,
-            WIDE=is_wide(view),
-            BLOCK_R=split.rows,
-            BLOCK_C=split.columns,
-            ACC=TRITON_DTYPES[mean.dtype],
-            num_warps=WARPS,
-        )
-        return finalise_sums(parts, rstd)
+    """bn_bwd_reduce of a dense z, and dy as it lies."""
+    if z.numel() == 0:
+        zero = torch.zeros_like(mean)
+        return zero, zero.clone()
+    split = split_of(view)
+    parts = mean.new_empty((2, split.splits, view.channels))
+    bn_bwd_reduce_kernel[(split.blocks, split.splits)](
+        dy,
+        z,
+        None if residual is None else like(residual, z),
+        bits,
+        parts,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        view.rows,
+        view.columns,
+        view.channels,
+        split.per_split,
+        ACT=act,
+        SLOPE=slope,
+        CHANNEL_IS_COLUMN=view.channel_is_column,
+        WIDE=is_wide(view),
+        BLOCK_R=split.rows,
+        BLOCK_C=split.columns,
+        ACC=TRITON_DTYPES[mean.dtype],
+        num_warps=WARPS,
+    )
+    return finalise_sums(parts, rstd)
 
 
 def finalise_sums(parts: Tensor, rstd: Tensor, which: int = 1) -> tuple[Tensor, Tensor]:
     """(dgamma, dbeta) [C] from partial sums [sums, splits, C]; at most `layout.MOST_SPLITS` splits."""
     _, splits, channels = parts.shape
-    dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
+    dgamma, dbeta = parts.new_empty(channels), parts.new_empty(channels)
     block = 16
     finalise_sums_kernel[(cdiv(channels, block),)](
         parts,
@@ -281,12 +290,25 @@ def finalise_sums(parts: Tensor, rstd: Tensor, which: int = 1) -> tuple[Tensor, 
     return dgamma, dbeta
 
 
-def write_dz(
-    dy, dz, z, mean, rstd, gamma, beta, residual, bits, dgamma, dbeta, act, slope, want_dresidual
+def apply_dense(
+    dy: Tensor,
+    dz: Tensor,
+    z: Tensor,
+    view: View,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
+    act: str,
+    slope: float,
+    want_dresidual: bool,
 ) -> Tensor:
-    """dz, dense like z, may be dy; returns dresidual."""
-    view = view_of(z)
-    dresidual = torch.empty_like(z) if want_dresidual else z.new_empty(0)
+    """dz, which may be dy, of a dense z, and dy as it lies; returns dresidual."""
+    dresidual = torch.empty_like(z) if want_dresidual else no_elements(z.device, z.dtype)
     if z.numel() == 0:
         return dresidual
     rows, columns = tile_of(view)
@@ -319,12 +341,19 @@ def write_dz(
     return dresidual
 
 
+def bn_bwd_reduce(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """See reference.bn_bwd_reduce."""
+    with device_of(z):
+        z = dense(z)
+        return reduce_dense(like(dy, z), z, view_of(z), *args)
+
+
 def bn_bwd_apply(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor]:
     """See reference.bn_bwd_apply."""
     with device_of(z):
         z = dense(z)
         dz = torch.empty_like(z)
-        return dz, write_dz(like(dy, z), dz, z, *args)
+        return dz, apply_dense(like(dy, z), dz, z, view_of(z), *args)
 
 
 def bn_bwd_apply_(dy: Tensor, z: Tensor, *args) -> Tensor:
@@ -333,7 +362,7 @@ def bn_bwd_apply_(dy: Tensor, z: Tensor, *args) -> Tensor:
     with device_of(z):
         z = dense(z)
         own = like(dy, z)
-        dresidual = write_dz(own, own, z, *args)
+        dresidual = apply_dense(own, own, z, view_of(z), *args)
         if own is not dy:
             dy.copy_(own)
         return dresidual
@@ -342,15 +371,24 @@ def bn_bwd_apply_(dy: Tensor, z: Tensor, *args) -> Tensor:
 def bn_bwd_reduce_apply(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.bn_bwd_reduce_apply."""
     *state, act, slope, want_dresidual = args
-    z = dense(z)
-    dy = like(dy, z)
-    dgamma, dbeta = bn_bwd_reduce(dy, z, *state, act, slope)
-    return dgamma, dbeta, *bn_bwd_apply(dy, z, *state, dgamma, dbeta, act, slope, want_dresidual)
+    with device_of(z):
+        z = dense(z)
+        view, dy, dz = view_of(z), like(dy, z), torch.empty_like(z)
+        sums = reduce_dense(dy, z, view, *state, act, slope)
+        last = (*sums, act, slope, want_dresidual)
+        return *sums, dz, apply_dense(dy, dz, z, view, *state, *last)
 
 
 def bn_bwd_reduce_apply_(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.bn_bwd_reduce_apply_."""
     *state, act, slope, want_dresidual = args
-    z = dense(z)
-    dgamma, dbeta = bn_bwd_reduce(dy, z, *state, act, slope)
-    return dgamma, dbeta, bn_bwd_apply_(dy, z, *state, dgamma, dbeta, act, slope, want_dresidual)
+    check_writable(dy, z, state[4])
+    with device_of(z):
+        z = dense(z)
+        view, own = view_of(z), like(dy, z)
+        sums = reduce_dense(own, z, view, *state, act, slope)
+        last = (*sums, act, slope, want_dresidual)
+        dresidual = apply_dense(own, own, z, view, *state, *last)
+        if own is not dy:
+            dy.copy_(own)
+        return *sums, dresidual

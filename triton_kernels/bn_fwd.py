@@ -14,10 +14,9 @@ from torch import Tensor
 from bnfast.reference import Norm, accumulator, rstd_of
 
 from .activation import act_passes, act_value, pack_bits, pre_activation
-from .launch import TRITON_DTYPES, device_of, pair
+from .launch import TRITON_DTYPES, device_of, no_elements, pair
 from .layout import (
     WARPS,
-    Split,
     View,
     cdiv,
     dense,
@@ -197,7 +196,7 @@ def store_statistics(
 def finalise_moments_kernel(
     part_ptr,  # [splits, 2 C + 1] in ACC
     mean_ptr,  # [C] in ACC
-    m2_ptr,
+    m2_ptr,  # or None
     rstd_ptr,
     running_mean_ptr,  # [C] or None
     running_var_ptr,
@@ -231,7 +230,8 @@ def finalise_moments_kernel(
     mean += origin
     m2 = tl.sum(tl.load(at + channels, inside, 0) + n * d * d, 0)
     tl.store(mean_ptr + c, mean, mask)
-    tl.store(m2_ptr + c, m2, mask)
+    if m2_ptr is not None:
+        tl.store(m2_ptr + c, m2, mask)
     store_statistics(
         c, mask, mean, m2, count, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum,
         momentum_low, eps, eps_low, ACC,
@@ -347,27 +347,6 @@ def bn_fwd_apply_kernel(
         tl.store(bits_ptr + places, pack_bits(passes, BLOCK_R, BLOCK_C), inside)
 
 
-def launch_moments(
-    z: Tensor, view: View, split: Split, parts: Tensor, tracked: Tensor | None
-) -> None:
-    """bn_fwd_reduce_kernel on a dense, not empty z; parts [splits, 2 C + 1]."""
-    bn_fwd_reduce_kernel[(split.blocks, split.splits)](
-        z,
-        parts,
-        tracked,
-        view.rows,
-        view.columns,
-        view.channels,
-        split.per_split,
-        CHANNEL_IS_COLUMN=view.channel_is_column,
-        WIDE=is_wide(view),
-        BLOCK_R=split.rows,
-        BLOCK_C=split.columns,
-        ACC=TRITON_DTYPES[parts.dtype],
-        num_warps=WARPS,
-    )
-
-
 def finalise_moments(
     parts: Tensor,
     running_mean: Tensor | None,
@@ -375,12 +354,13 @@ def finalise_moments(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, M2 and rstd [C] from the partial results [splits, 2 C + 1]; at most `layout.MOST_SPLITS` splits."""
-    splits, channels = parts.shape[0], parts.shape[1] // 2
-    mean, m2, rstd = (
-        torch.empty(channels, dtype=parts.dtype, device=parts.device) for _ in range(3)
-    )
+    with_m2: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """mean, M2 (where asked for) and rstd [C] from the partial results [splits, 2 C + 1]; at most `layout.MOST_SPLITS` splits."""
+    splits, channels = parts.shape
+    channels //= 2
+    mean, rstd = parts.new_empty(channels), parts.new_empty(channels)
+    m2 = parts.new_empty(channels) if with_m2 else None
     block = 16
     finalise_moments_kernel[(cdiv(channels, block),)](
         parts,
@@ -402,33 +382,47 @@ def finalise_moments(
     return mean, m2, rstd
 
 
-def bn_fwd_reduce(
+def reduce_dense(
     z: Tensor,
+    view: View,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.bn_fwd_reduce."""
+    with_m2: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """bn_fwd_reduce of a dense z, M2 where asked for."""
     acc = accumulator(z.dtype)
-    with device_of(z):
-        if z.numel() == 0:
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            mean = torch.zeros(z.shape[1], dtype=acc, device=z.device)
-            return mean, mean.clone(), rstd_of(mean, eps)
-        z = dense(z)
-        view = view_of(z)
-        split = split_of(view)
-        parts = torch.empty((split.splits, 2 * view.channels + 1), dtype=acc, device=z.device)
-        launch_moments(z, view, split, parts, num_batches_tracked)
-        running = (running_mean, running_var, num_batches_tracked)
-        return finalise_moments(parts, *running, momentum, eps)
+    if z.numel() == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        mean = torch.zeros(z.shape[1], dtype=acc, device=z.device)
+        return mean, mean.clone(), rstd_of(mean, eps)
+    split = split_of(view)
+    parts = z.new_empty((split.splits, 2 * view.channels + 1), dtype=acc)
+    bn_fwd_reduce_kernel[(split.blocks, split.splits)](
+        z,
+        parts,
+        num_batches_tracked,
+        view.rows,
+        view.columns,
+        view.channels,
+        split.per_split,
+        CHANNEL_IS_COLUMN=view.channel_is_column,
+        WIDE=is_wide(view),
+        BLOCK_R=split.rows,
+        BLOCK_C=split.columns,
+        ACC=TRITON_DTYPES[acc],
+        num_warps=WARPS,
+    )
+    running = (running_mean, running_var, num_batches_tracked)
+    return finalise_moments(parts, *running, momentum, eps, with_m2)
 
 
-def bn_fwd_apply(
+def apply_dense(
     z: Tensor,
+    view: View,
     mean: Tensor,
     rstd: Tensor,
     gamma: Tensor | None,
@@ -439,38 +433,49 @@ def bn_fwd_apply(
     want_bits: bool,
     residual_norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.bn_fwd_apply, and with residual_norm reference.bn_fwd_apply_both."""
+    """bn_fwd_apply, or bn_fwd_apply_both, of a dense z."""
+    y = torch.empty_like(z)
+    bits = z.new_empty(view.bit_bytes, dtype=torch.uint8) if want_bits else no_elements(z.device)
+    if z.numel() == 0:
+        return y, bits
+    rows, columns = tile_of(view)
+    bn_fwd_apply_kernel[(cdiv(view.rows, rows) * cdiv(view.columns, columns),)](
+        z,
+        None if residual is None else like(residual, z),
+        residual_norm,
+        y,
+        bits if want_bits else None,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        view.rows,
+        view.columns,
+        view.channels,
+        ACT=act,
+        SLOPE=slope,
+        CHANNEL_IS_COLUMN=view.channel_is_column,
+        WIDE=is_wide(view),
+        BLOCK_R=rows,
+        BLOCK_C=columns,
+        ACC=TRITON_DTYPES[mean.dtype],
+        num_warps=WARPS,
+    )
+    return y, bits
+
+
+def bn_fwd_reduce(z: Tensor, *stats) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.bn_fwd_reduce."""
     with device_of(z):
         z = dense(z)
-        view = view_of(z)
-        y = torch.empty_like(z)
-        bits = torch.empty(view.bit_bytes if want_bits else 0, dtype=torch.uint8, device=z.device)
-        if z.numel() == 0:
-            return y, bits
-        rows, columns = tile_of(view)
-        bn_fwd_apply_kernel[(cdiv(view.rows, rows) * cdiv(view.columns, columns),)](
-            z,
-            None if residual is None else like(residual, z),
-            residual_norm,
-            y,
-            bits if want_bits else None,
-            mean,
-            rstd,
-            gamma,
-            beta,
-            view.rows,
-            view.columns,
-            view.channels,
-            ACT=act,
-            SLOPE=slope,
-            CHANNEL_IS_COLUMN=view.channel_is_column,
-            WIDE=is_wide(view),
-            BLOCK_R=rows,
-            BLOCK_C=columns,
-            ACC=TRITON_DTYPES[mean.dtype],
-            num_warps=WARPS,
-        )
-    return y, bits
+        return reduce_dense(z, view_of(z), *stats, True)
+
+
+def bn_fwd_apply(z: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """See reference.bn_fwd_apply."""
+    with device_of(z):
+        z = dense(z)
+        return apply_dense(z, view_of(z), *args)
 
 
 def bn_fwd_apply_both(
@@ -488,6 +493,8 @@ def bn_fwd_apply_both(
 
 def bn_fwd_reduce_apply(z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.bn_fwd_reduce_apply."""
-    z = dense(z)
-    mean, _, rstd = bn_fwd_reduce(z, *args[:5])
-    return mean, rstd, *bn_fwd_apply(z, mean, rstd, *args[5:])
+    with device_of(z):
+        z = dense(z)
+        view = view_of(z)
+        mean, _, rstd = reduce_dense(z, view, *args[:5], False)
+        return mean, rstd, *apply_dense(z, view, mean, rstd, *args[5:])

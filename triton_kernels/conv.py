@@ -38,51 +38,52 @@ __all__ = [
     "conv_fwd_reduce_apply",
     "fuses_chain",
     "fuses_gram",
-    "route",
     "se_bwd_apply",
     "se_bwd_reduce",
     "se_fwd",
 ]
 
 
-def route(x: Tensor, weight: Tensor, groups: int) -> str:
-    """ "fused" or "cudnn": the way of a convolution of x. BNFAST_TRITON_CONV=fused takes the kernels of this package wherever
-    they can be taken: one group, [N, C, H, W] in channels_last; BNFAST_TRITON_CONV=gram too, see `fuses_gram`. Without it every
-    convolution is cuDNN's: no measurement says yet where another way is faster."""
-    possible = (
-        groups == 1
+def forced_route() -> str:
+    """The value of BNFAST_TRITON_CONV, "cudnn" without it: no measurement says yet where another way is faster."""
+    route = os.environ.get("BNFAST_TRITON_CONV", "cudnn")
+    if route not in ("cudnn", "fused", "gram"):
+        raise ValueError(
+            f"BNFAST_TRITON_CONV is {route!r}; allowed are 'cudnn', 'fused' and 'gram'"
+        )
+    return route
+
+
+# Read once: a launch takes not much longer than a look into the environment.
+route = forced_route()
+
+
+def is_fused(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a convolution of x is one of this package's kernels: on the routes "fused" and "gram" wherever they can be taken, with
+    one group and [N, C, H, W] in channels_last. Else it is cuDNN's."""
+    return (
+        route != "cudnn"
+        and groups == 1
         and weight.dim() == 4
         and x.dtype in TRITON_DTYPES
         and x.numel() > 0
-        and torch.channels_last in (_format(x), _format(weight))
+        and (_is_last(x) or _is_last(weight))
     )
-    return "fused" if _wanted() != "cudnn" and possible else "cudnn"
 
 
-def _wanted() -> str:
-    wanted = os.environ.get("BNFAST_TRITON_CONV", "cudnn")
-    if wanted not in ("cudnn", "fused", "gram"):
-        raise ValueError(
-            f"BNFAST_TRITON_CONV is {wanted!r}; allowed are 'cudnn', 'fused' and 'gram'"
-        )
-    return wanted
-
-
-def _format(t: Tensor) -> torch.memory_format:
-    if not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+def _is_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
 def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
     """See reference.fuses_chain. Dynamo takes no tuples for a kernel, and the chain's kernels take some."""
-    return not torch.compiler.is_compiling() and route(x, weight, groups) == "fused"
+    return is_fused(x, weight, groups) and not torch.compiler.is_compiling()
 
 
 def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
-    """See reference.fuses_gram: with BNFAST_TRITON_CONV=gram, where z is larger than what its statistics are taken from."""
+    """See reference.fuses_gram: on the route "gram", where z is larger than what its statistics are taken from."""
     return (
-        _wanted() == "gram"
+        route == "gram"
         and tuple(weight.shape[2:]) == tuple(stride) == (1, 1)
         and not any(padding)
         and weight.shape[0] >= 2 * weight.shape[1]
@@ -94,7 +95,7 @@ def conv_forward(x, weight, bias, stride, padding, dilation, groups):
     """See reference.conv_forward."""
     with device_of(x):
         geometry = (stride, padding, dilation)
-        if route(x, weight, groups) == "cudnn":
+        if not is_fused(x, weight, groups):
             return reference.conv_forward(x, weight, bias, *geometry, groups)
         return launch_conv(x, None, "identity", 0.0, weight, bias, *geometry, False)[0]
 
@@ -103,7 +104,7 @@ def conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     """See reference.conv_fwd_reduce."""
     with device_of(x):
         geometry = (stride, padding, dilation)
-        if route(x, weight, groups) == "fused":
+        if is_fused(x, weight, groups):
             return _fused_fwd_reduce(x, None, "identity", 0.0, weight, bias, *geometry, *stats)
         z = reference.conv_forward(x, weight, bias, *geometry, groups)
         return z, *bn_fwd_reduce(z, *stats)
@@ -113,8 +114,9 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     """See reference.conv_fwd_reduce_apply."""
     with device_of(x):
         conv = (weight, bias, stride, padding, dilation)
-        if route(x, weight, groups) == "fused":
-            z, mean, _, rstd = _fused_fwd_reduce(x, None, "identity", 0.0, *conv, *rest[:5])
+        if is_fused(x, weight, groups):
+            given = (x, None, "identity", 0.0)
+            z, mean, _, rstd = _fused_fwd_reduce(*given, *conv, *rest[:5], with_m2=False)
             return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
         z = reference.conv_forward(x, *conv, groups)
         return z, *bn_fwd_reduce_apply(z, *rest)
@@ -135,18 +137,23 @@ def bn_fwd_apply_conv_fwd_reduce(
 ):
     """See reference.bn_fwd_apply_conv_fwd_reduce; for convolutions that `fuses_chain` says yes to."""
     with device_of(z):
-        geometry = (stride, padding, dilation)
-        return _fused_fwd_reduce(z, norm, act, slope, weight, bias, *geometry, *stats)
+        z, parts = launch_conv(
+            z, norm, act, slope, weight, bias, stride, padding, dilation, True, stats[2]
+        )
+        mean, _, rstd = finalise_moments(parts, *stats, False)
+        return z, mean, rstd
 
 
-def _fused_fwd_reduce(x, norm, act, slope, weight, bias, stride, padding, dilation, *stats):
+def _fused_fwd_reduce(
+    x, norm, act, slope, weight, bias, stride, padding, dilation, *stats, with_m2=True
+):
     tracked = stats[2]
     z, parts = launch_conv(
         x, norm, act, slope, weight, bias, stride, padding, dilation, True, tracked
     )
     if parts is None:
         return z, *bn_fwd_reduce(z, *stats)
-    return z, *finalise_moments(parts, *stats)
+    return z, *finalise_moments(parts, *stats, with_m2)
 
 
 def conv_dgrad(
@@ -161,7 +168,7 @@ def conv_dgrad(
     """See reference.conv_dgrad; what does not run fused goes PyTorch's way, see `bnfast.cuda.input_gradient`."""
     with device_of(dz):
         conv = (weight, input_size, stride, padding, dilation)
-        if route(dz, weight, groups) == "fused":
+        if is_fused(dz, weight, groups):
             return bn_bwd_apply_conv_dgrad_reduce(
                 dz, None, "identity", 0.0, None, "identity", 0.0, *conv, groups,
                 None, None, "identity", 0.0, None,

@@ -9,6 +9,9 @@ An implicit GEMM: rows are pixels of dx, columns its channels, and the sum runs 
 pixels of dx into phases, each of which meets the same taps: a tile lies in one phase, and no product is with zeros.
 """
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +26,7 @@ from .bn_fwd import bit_places, load_channels, load_norm, times
 from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, precision, split_tiles
 from .conv_gram import gram_of_weights, load_source
 from .launch import TRITON_DTYPES
-from .layout import cdiv, like
+from .layout import cdiv, empty_last, like
 
 
 @triton.jit
@@ -200,31 +203,20 @@ def launch_dgrad(
         dy = dy.contiguous(memory_format=torch.channels_last)
     else:
         dy = like(dy, above.z)
-    batch, out_channels, out_height, out_width = dy.shape
     in_channels = weight.shape[1]
-    height, width = input_size
-    dx = torch.empty(
-        (batch, in_channels, height, width),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last,
-    )
+    with_sums = beside is not None or (below is not None and below.z is not None)
+    sizes, grid, is_wide = _plan(dy.shape, in_channels, *input_size, *stride, with_sums)
+    dx = empty_last(dy, dy.shape[0], in_channels, *input_size)
     if dx.numel() == 0:
         return dx, None
-    phase_height, phase_width = cdiv(height, stride[0]), cdiv(width, stride[1])
-    phase_pixels = batch * phase_height * phase_width
-    phase_tiles = cdiv(phase_pixels, BLOCK_M)
-    tiles = stride[0] * stride[1] * phase_tiles
-    with_sums = beside is not None or (below is not None and below.z is not None)
-    blocks, splits, per_split = split_tiles(tiles * BLOCK_M, BLOCK_M, in_channels, with_sums)
     acc = accumulator(dy.dtype)
     parts = q = None
     if source is not None:
-        q = gram_of_weights(weight, above, dy.dtype, batch * out_height * out_width)
+        q = gram_of_weights(weight, above, dy.dtype, dy.numel() // dy.shape[1])
     if with_sums:
         sums = 2 if beside is None else 3
-        parts = torch.empty((sums, splits, in_channels), dtype=acc, device=dy.device)
-    conv_dgrad_kernel[(blocks, splits)](
+        parts = below.rstd.new_empty((sums, grid[1], in_channels))
+    conv_dgrad_kernel[grid](
         dy,
         above,
         source,
@@ -235,19 +227,7 @@ def launch_dgrad(
         below,
         beside,
         parts,
-        batch * height * width,
-        height,
-        width,
-        in_channels,
-        out_height,
-        out_width,
-        out_channels,
-        phase_height,
-        phase_width,
-        phase_pixels,
-        phase_tiles,
-        batch * out_height * out_width,
-        per_split,
+        *sizes,
         above_act,
         above_slope,
         source_act,
@@ -258,7 +238,7 @@ def launch_dgrad(
         *stride,
         *padding,
         *dilation,
-        WIDE=max(dx.numel(), dy.numel()) >= 2**30,
+        WIDE=is_wide,
         BLOCK_M=BLOCK_M,
         BLOCK_J=BLOCK_K,
         BLOCK_K=BLOCK_J,
@@ -268,6 +248,31 @@ def launch_dgrad(
         num_stages=2 if dy.dtype.itemsize == 2 else 1,
     )
     return dx, parts
+
+
+@functools.lru_cache(4096)
+def _plan(
+    dy_shape: torch.Size,
+    in_channels: int,
+    height: int,
+    width: int,
+    stride_height: int,
+    stride_width: int,
+    with_sums: bool,
+) -> tuple[tuple[int, ...], tuple[int, int], bool]:
+    """The kernel's sizes from pixels to per_split, its grid, and whether offsets need 64 bits."""
+    batch, out_channels, out_height, out_width = dy_shape
+    phase_height, phase_width = cdiv(height, stride_height), cdiv(width, stride_width)
+    phase_pixels = batch * phase_height * phase_width
+    phase_tiles = cdiv(phase_pixels, BLOCK_M)
+    tiles = stride_height * stride_width * phase_tiles
+    blocks, splits, per_split = split_tiles(tiles * BLOCK_M, BLOCK_M, in_channels, with_sums)
+    sizes = (
+        batch * height * width, height, width, in_channels, out_height, out_width, out_channels,
+        phase_height, phase_width, phase_pixels, phase_tiles, batch * out_height * out_width, per_split,
+    )  # fmt: skip
+    is_wide = max(math.prod(dy_shape), batch * in_channels * height * width) >= 2**30
+    return sizes, (blocks, splits), is_wide
 
 
 def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,19 +5,22 @@ The moments of z are taken on the way; with bn_fwd_apply as its prologue x is th
 written. An implicit GEMM: rows are pixels of the result, columns its channels, and the sum runs over taps and input channels.
 """
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bnfast import weights
-from bnfast.reference import Norm, accumulator, conv_output_size
+from bnfast.reference import Norm, accumulator
 
 from . import launch
 from .activation import act_value, pre_activation
 from .bn_fwd import load_norm, merge_tile, store_moments, times
 from .launch import TRITON_DTYPES
-from .layout import MOST_SPLITS, PROGRAMS, cdiv
+from .layout import MOST_SPLITS, PROGRAMS, cdiv, empty_last
 
 BLOCK_M, BLOCK_K, BLOCK_J = 64, 64, 32
 # With fewer the sums do not fit into the registers of every chip, with more a thread loads less than 16 bytes at once; for the same
@@ -25,6 +28,13 @@ BLOCK_M, BLOCK_K, BLOCK_J = 64, 64, 32
 THREADS = 256
 # Pixels of a split at least: its partial results of a channel are then a sixteenth of what it writes, or less.
 LEAST_VALUES = 256
+
+if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes six times as long
+    _fp32_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "conv")
+else:
+
+    def _fp32_precision() -> str:
+        return torch.backends.cudnn.conv.fp32_precision
 
 
 @triton.jit
@@ -133,24 +143,18 @@ def launch_conv(
     """(z, partial moments or None) of x [N, J, H, W], in front of which bn_fwd_apply comes where norm is given."""
     packed = weights.transformed(weight, ("taps", x.dtype), lambda w: packed_taps(w, x.dtype))
     x = x.contiguous(memory_format=torch.channels_last)
-    batch, in_channels, height, width = x.shape
-    out_height, out_width = conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+    geometry = (*weight.shape[2:], *stride, *padding, *dilation)
     out_channels = weight.shape[0]
-    z = torch.empty(
-        (batch, out_channels, out_height, out_width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    z_shape, sizes, grid, is_wide = _plan(x.shape, out_channels, geometry, with_moments)
+    z = empty_last(x, *z_shape)
     if z.numel() == 0:
         return z, None
     acc = accumulator(x.dtype)
-    pixels = batch * out_height * out_width
-    blocks, splits, per_split = split_tiles(pixels, BLOCK_M, out_channels, with_moments)
     parts = None
     if with_moments:
-        parts = torch.empty((splits, 2 * out_channels + 1), dtype=acc, device=x.device)
-    conv_fwd_reduce_kernel[(blocks, splits)](
+        size = (grid[1], 2 * out_channels + 1)
+        parts = x.new_empty(size, dtype=acc) if norm is None else norm.rstd.new_empty(size)
+    conv_fwd_reduce_kernel[grid](
         x,
         norm,
         packed,
@@ -158,21 +162,11 @@ def launch_conv(
         z,
         parts,
         tracked,
-        pixels,
-        height,
-        width,
-        in_channels,
-        out_height,
-        out_width,
-        out_channels,
-        per_split,
+        *sizes,
         act,
         slope,
-        *weight.shape[2:],
-        *stride,
-        *padding,
-        *dilation,
-        WIDE=max(x.numel(), z.numel()) >= 2**30,
+        *geometry,
+        WIDE=is_wide,
         BLOCK_M=BLOCK_M,
         BLOCK_K=BLOCK_K,
         BLOCK_J=BLOCK_J,
@@ -182,6 +176,24 @@ def launch_conv(
         num_stages=3 if norm is None or x.dtype.itemsize == 2 else 1,
     )
     return z, parts
+
+
+@functools.lru_cache(4096)
+def _plan(
+    x_shape: torch.Size, out_channels: int, geometry: tuple[int, ...], with_moments: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], bool]:
+    """Of a convolution of x: the shape of z, the kernel's sizes from pixels to per_split, its grid, and whether offsets need 64
+    bits."""
+    batch, in_channels, *size = x_shape
+    out_size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, *(geometry[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
+    ]
+    pixels = batch * out_size[0] * out_size[1]
+    blocks, splits, per_split = split_tiles(pixels, BLOCK_M, out_channels, with_moments)
+    sizes = (pixels, *size, in_channels, *out_size, out_channels, per_split)
+    is_wide = max(math.prod(x_shape), pixels * out_channels) >= 2**30
+    return (batch, out_channels, *out_size), sizes, (blocks, splits), is_wide
 
 
 def packed_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,4 +214,4 @@ def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies float32: as PyTorch lets cuDNN do it."""
     if dtype != torch.float32:
         return "ieee"
-    return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32"
+    return "ieee" if _fp32_precision() == "ieee" else "tf32"

@@ -26,7 +26,7 @@ from .bn_bwd import finalise_sums
 from .bn_fwd import bit_places, load_channels, load_norm, store_statistics, times
 from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, packed_taps, precision
 from .launch import TRITON_DTYPES, device_of, pair
-from .layout import MOST_SPLITS, PROGRAMS, WARPS, cdiv
+from .layout import MOST_SPLITS, PROGRAMS, WARPS, cdiv, empty_last
 
 # A split's partial moments are at most this part of what it reads.
 PART_OF_READ = 16
@@ -476,12 +476,7 @@ def bn_fwd_apply_conv_fwd_apply(
         batch, in_channels, height, width = z.shape
         out_channels = weight.shape[0]
         pixels = batch * height * width
-        y = torch.empty(
-            (batch, out_channels, height, width),
-            dtype=z.dtype,
-            device=z.device,
-            memory_format=torch.channels_last,
-        )
+        y = empty_last(z, batch, out_channels, height, width)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         bit_bytes = pixels * cdiv(out_channels, 8) if want_bits else 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 
 import torch
 import triton.language as tl
@@ -20,9 +21,22 @@ _SAME = contextlib.nullcontext()
 
 def device_of(t: Tensor) -> contextlib.AbstractContextManager:
     """The tensor's device as the current one: Triton launches on that, whatever its arguments."""
-    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
         return _SAME
     return torch.cuda.device(t.device)
+
+
+_nothing: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def no_elements(device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """A tensor without elements, the same each time: what is returned where nothing is asked for."""
+    if torch.compiler.is_compiling():
+        return torch.empty(0, dtype=dtype, device=device)
+    key = (device, dtype)
+    if key not in _nothing:
+        _nothing[key] = torch.empty(0, dtype=dtype, device=device)
+    return _nothing[key]
 
 
 def check_writable(dy: Tensor, *others: Tensor | None) -> None:
@@ -31,10 +45,18 @@ def check_writable(dy: Tensor, *others: Tensor | None) -> None:
         raise RuntimeError(
             "dy is to be written, and several of its elements share one place in memory"
         )
-    begin, end = _range(dy)
     for other in others:
-        if other is not None and begin < _range(other)[1] and _range(other)[0] < end:
+        if other is None or _are_apart(dy.untyped_storage(), other.untyped_storage()):
+            continue
+        (begin, end), (first, last) = _range(dy), _range(other)
+        if begin < last and first < end:
             raise RuntimeError("dy is to be written, and shares memory with z or the residual")
+
+
+def _are_apart(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:
+    """Whether two storages have no byte in common, which is faster to see than of two tensors."""
+    begin, first = one.data_ptr(), other.data_ptr()
+    return begin + one.nbytes() <= first or first + other.nbytes() <= begin
 
 
 def _range(t: Tensor) -> tuple[int, int]:
@@ -45,6 +67,7 @@ def _range(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
+@functools.lru_cache(1024)
 def pair(value: float) -> tuple[float, float]:
     """A float64 as two floats whose sum in float64 is value to 48 bits; Triton passes floats as float32."""
     high = ctypes.c_float(value).value

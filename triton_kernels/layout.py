@@ -6,6 +6,7 @@ A tensor is seen as a dense matrix [rows, columns] with columns next to each oth
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,12 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def empty_last(t: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """A new tensor [N, C, H, W] in channels_last, of the dtype and on the device of t."""
+    row = width * channels
+    return t.new_empty_strided((batch, channels, height, width), (height * row, 1, row, channels))
+
+
 def like(t: Tensor, z: Tensor) -> Tensor:
     """t in the layout of z, which is dense."""
     if t.stride() == z.stride():
@@ -76,11 +83,14 @@ def like(t: Tensor, z: Tensor) -> Tensor:
 
 def view_of(z: Tensor) -> View:
     """The view of a dense tensor [N, C, *]."""
-    batch, channels = z.shape[:2]
-    plane = 1
-    for size in z.shape[2:]:
-        plane *= size
-    if plane > 1 and z.is_contiguous():
+    return _view(z.shape, z.is_contiguous())
+
+
+@functools.lru_cache(4096)
+def _view(shape: torch.Size, is_contiguous: bool) -> View:
+    batch, channels, *sizes = shape
+    plane = math.prod(sizes)
+    if plane > 1 and is_contiguous:
         return View(batch * channels, plane, channels, False, batch * plane)
     return View(batch * plane, channels, channels, True, batch * plane)
 
