@@ -122,6 +122,8 @@ def phases(operators) -> SimpleNamespace:
         ),
         fuses_chain=reference.fuses_chain,
         fuses_gram=reference.fuses_gram,
+        max_pool=reference.max_pool,
+        max_pool_backward=reference.max_pool_backward,
         se_fwd=reference.se_fwd,
         se_bwd_reduce=se_bwd_reduce,
         se_bwd_apply=reference.se_bwd_apply,

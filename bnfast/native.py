@@ -201,6 +201,7 @@ def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
 
 fuses_chain = reference.fuses_chain
 fuses_gram = reference.fuses_gram
+max_pool, max_pool_backward = reference.max_pool, reference.max_pool_backward
 se_fwd = _pooled(reference.se_fwd)
 se_bwd_apply = _pooled(reference.se_bwd_apply)
 

@@ -22,6 +22,10 @@ _ACT_FUNCTIONS = {
 }
 
 
+# The entry of run_chain from adds_in_place on, of a unit that is a chain of its own.
+_ALONE = (False, None, None, None, None)
+
+
 class _Noted:
     """Shows in print(model) what convert() fused a module with."""
 
@@ -40,9 +44,7 @@ class _FrozenConv(_Noted):
             and is_frozen(self)
             and input.dim() == self.weight.dim()
         ):
-            return run_chain(
-                input, "auto", (self, None, "identity", 0.0, None, False, None, None, None)
-            )
+            return run_chain(input, "auto", (self, None, "identity", 0.0, None, *_ALONE))
         return super().forward(input)
 
 
@@ -71,7 +73,7 @@ class _BatchNormAct(_Noted):
         return run_chain(
             input,
             "auto",
-            (None, self, self.act, self.negative_slope, residual, False, None, None, None),
+            (None, self, self.act, self.negative_slope, residual, *_ALONE),
         )
 
 
@@ -197,7 +199,7 @@ class FrozenConvBNAct2d(nn.Module):
         return run_chain(
             x,
             "auto",
-            (self.conv, self.bn, self.act, self.negative_slope, residual, False, None, None, None),
+            (self.conv, self.bn, self.act, self.negative_slope, residual, *_ALONE),
         )
 
     def extra_repr(self) -> str:
@@ -241,9 +243,9 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
 
 
 def run_chain(x: Tensor, backend: str, *entries: tuple, low_memory: bool = False) -> Tensor:
-    """Runs a chain of (conv, bn, act, negative_slope, residual, adds_in_place, squeeze, source, residual_source) units.
+    """Runs a chain of (conv, bn, act, negative_slope, residual, adds_in_place, squeeze, source, residual_source, pool) units.
 
-    conv, bn, residual, squeeze and the sources may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`;
+    conv, bn, residual, squeeze, pool (see `ops.MaxPool`) and the sources may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`;
     the sources are links within the chain, see `ops.Unit`; low_memory is that of `ops.frozen_conv_bn_act`. Decides at each call what runs fused: where a
     convolution's or a squeeze's weight or bias needs a gradient, or a residual has another shape or dtype than what it is
     added to, every unit runs on its own and what cannot be fused as itself.
@@ -268,7 +270,7 @@ def _squeeze_fits(x: Tensor, squeeze: tuple | None) -> bool:
 
 
 def _unit(
-    x, conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source
+    x, conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source, pool
 ) -> ops.Unit | None:
     """One entry of run_chain as a unit, None where a part of it cannot be in one; x has the right number of dimensions."""
     weight = bias = None
@@ -298,7 +300,8 @@ def _unit(
         norm, group = _norm_fields(bn), cross_rank.group_of(bn)
     if squeeze is not None:
         squeeze = _squeeze_unit(*squeeze)
-    rest = (residual, act, slope, squeeze, group, source, residual_source)
+    pool = None if pool is None else ops.MaxPool(*pool)
+    rest = (residual, act, slope, squeeze, group, source, residual_source, pool)
     return ops.Unit(weight, bias, stride, padding, dilation, groups, *norm, *rest)
 
 
@@ -312,7 +315,9 @@ def _run_apart(x: Tensor, backend: str, entries: tuple) -> Tensor:
     """Each unit of a chain on its own, and what cannot be part of one by PyTorch."""
     outputs = [*[None] * len(entries), x]  # the last one is -1's
     for i, entry in enumerate(entries):
-        conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source = entry
+        conv, bn, act, slope, residual, adds_in_place, squeeze, source, residual_source, pool = (
+            entry
+        )
         x = outputs[i - 1 if source is None else source]
         if residual_source is not None:
             residual = outputs[residual_source]
@@ -321,13 +326,15 @@ def _run_apart(x: Tensor, backend: str, entries: tuple) -> Tensor:
                 x, squeeze = _squeeze(x, *squeeze), None
             if not _fits(x, conv):
                 x, conv = conv(x), None
-        unit = _unit(x, conv, bn, act, slope, residual, adds_in_place, squeeze, None, None)
+        unit = _unit(x, conv, bn, act, slope, residual, adds_in_place, squeeze, None, None, pool)
         if _Values(x).fit(unit):
             x = ops.frozen_conv_bn_act(x, [unit], backend)
         else:
-            x = ops.frozen_conv_bn_act(x, [unit._replace(residual=None, act="identity")], backend)
+            alone = unit._replace(residual=None, act="identity", pool=None)
+            x = ops.frozen_conv_bn_act(x, [alone], backend)
             x = x.add_(residual) if adds_in_place else x + residual
             x = _ACT_FUNCTIONS[act](x, slope)
+            x = x if pool is None else F.max_pool2d(x, *pool)
         outputs[i] = x
     return x
 
@@ -351,7 +358,11 @@ class _Values:
                 autocast = dtype != torch.float64 and torch.is_autocast_enabled(kind)
                 self.conv_dtype = torch.get_autocast_dtype(kind) if autocast else dtype
             shape, dtype = [shape[0], weight.shape[0], *sizes], self.conv_dtype
-        self.values.append((shape, dtype))
+        output = shape
+        if unit.pool is not None:
+            windows = zip(shape[2:], *unit.pool, strict=True)
+            output = [*shape[:2], *((n + 2 * p - k) // s + 1 for n, k, s, p in windows)]
+        self.values.append((output, dtype))
         residual = unit.residual
         if unit.residual_source is not None:
             return self.values[unit.residual_source + 1] == (shape, dtype)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from . import cross_rank, dispatch
 from .reference import (
@@ -40,15 +41,24 @@ class SqueezeExcite(NamedTuple):
     gate: str = "sigmoid"
 
 
+class MaxPool(NamedTuple):
+    """Max-pooling of [N, C, H, W] as nn.MaxPool2d does it with dilation 1 and ceil_mode=False; pairs (height, width), at most 256
+    pixels in a window."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
 class Unit(NamedTuple):
-    """One unit of a chain, y = act(BatchNorm(conv(x)) + residual); conv, BatchNorm and residual are each optional.
+    """One unit of a chain, y = pool(act(BatchNorm(conv(x)) + residual)); conv, BatchNorm, residual and pool are each optional.
 
     squeeze, where given, is applied to x [N, J, H, W] before the convolution.
 
     weight [C, J / groups, *] or [C, J] (linear), None without a convolution; neither weight nor bias may need a gradient.
     gamma, beta [C]; running_mean, running_var [C] and num_batches_tracked [] are updated in place where batch statistics
     are used. normalize says whether there is a BatchNorm at all; use_batch_statistics is BatchNorm's training mode.
-    residual has the shape and dtype of the unit's output. act is one of `reference.ACTS`. group: a process group of
+    residual has the shape and dtype of the unit's output in front of pool. act is one of `reference.ACTS`. group: a process group of
     torch.distributed over which batch statistics are taken.
 
     source and residual_source say whose output is the input and the residual, by its place in the chain; -1 is the chain's
@@ -77,6 +87,7 @@ class Unit(NamedTuple):
     group: Any = None
     source: int | None = None
     residual_source: int | None = None
+    pool: MaxPool | None = None
 
 
 # Places of a unit's tensors among those that the Function takes; its static description is a _Spec. The tensors of squeeze and
@@ -102,6 +113,7 @@ class _Spec(NamedTuple):
     source: int
     residual_source: int | None
 
+    pool: MaxPool | None
     has_own_statistics: bool  # it normalises by the statistics of this process' batch
 
     @property
@@ -175,6 +187,7 @@ def frozen_conv_bn_act(
                 unit.group,
                 i - 1 if unit.source is None else unit.source,
                 unit.residual_source,
+                unit.pool,
                 unit.normalize and unit.use_batch_statistics and unit.group is None,
             )
         )
@@ -200,6 +213,8 @@ def _one_earlier(unit: Unit) -> Unit:
 def _check(unit: Unit, x: Tensor, place: int) -> None:
     if unit.act not in ACTS:
         raise ValueError(f"act is {unit.act!r}; allowed are {', '.join(map(repr, ACTS))}")
+    if unit.pool is not None:
+        _check_pool(unit, x)
     weight, bias, residual = unit.weight, unit.bias, unit.residual
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -227,6 +242,15 @@ def _check(unit: Unit, x: Tensor, place: int) -> None:
             )
     elif not unit.use_batch_statistics and (unit.running_mean is None or unit.running_var is None):
         raise ValueError("use_batch_statistics is False; that needs running_mean and running_var")
+
+
+def _check_pool(unit: Unit, x: Tensor) -> None:
+    if x.dim() != 4 or math.prod(unit.pool.kernel) > 256:
+        raise ValueError(
+            f"pool is {unit.pool} of a value with {x.dim()} dimensions; [N, C, H, W] and windows of at most 256 pixels are needed"
+        )
+    if not unit.normalize:
+        raise ValueError("pool follows a BatchNorm; with normalize=False there is none")
 
 
 def _check_squeeze(squeeze: SqueezeExcite, x: Tensor) -> None:
@@ -259,7 +283,9 @@ class _Chain(torch.autograd.Function):
         run = _Forward(dispatch.module(backend), specs, saves, low_memory, x, tensors)
         y = run()
         if saves:
-            ctx.save_for_backward(*run.saved, *run.saved_biases, *run.saved_squeeze)
+            ctx.save_for_backward(
+                *run.saved, *run.saved_biases, *run.saved_places, *run.saved_squeeze
+            )
             ctx.specs, ctx.backend = specs, backend
             ctx.input_sizes, ctx.shares = run.input_sizes, run.shares
             ctx.joins, ctx.readers, ctx.dropped = run.joins, run.readers, run.dropped
@@ -292,6 +318,9 @@ class _Forward:
         self.shares: list = []
         # Whether the backend joins the unit's convolution with what is around it.
         self.saved_biases: list[Tensor | None] = []
+        self.saved_places: list[
+            Tensor
+        ] = []  # of the maxima of those units that pool, in their order
         self.dropped: list[
             int
         ] = []  # units whose z the backward pass makes again, and in the same order their biases
@@ -363,12 +392,18 @@ class _Forward:
             self.dropped.append(i)
             self.saved_biases.append(bias)
             z = None
-        if spec.normalize and residual is None and z is not None:
+        if spec.normalize and residual is None and z is not None and spec.pool is None:
             self.recomputable.add(i)
         hidden = residual if residual is not None and act in SMOOTH_ACTS else None
         bits = bits if want_bits or (z is None and i not in self.dropped) else None
         self.saved += (weight, gamma, beta, z, mean, rstd, bits, hidden)
         self.shares.append(share)
+        if spec.pool is None:
+            return y
+        if not self.saves:
+            return F.max_pool2d(y, *spec.pool)
+        y, places = phases.max_pool(y, *spec.pool)
+        self.saved_places.append(places)
         return y
 
     def drops(self, i: int, spec: _Spec, weight: Tensor | None) -> bool:
@@ -439,6 +474,7 @@ class _Fuses:
         weight, spec = self.tensors[8 * i], self.specs[i]
         return (
             spec.is_fusable
+            and spec.pool is None
             and spec.act not in SMOOTH_ACTS
             and self.phases.fuses_gram(x, weight, spec.stride, spec.padding, spec.groups)
         )
@@ -447,7 +483,7 @@ class _Fuses:
 def _readers_apply(specs, fuses, readers, i, x) -> bool:
     """Whether unit i, which has no residual, leaves its bn_fwd_apply to those that read it: to convolutions, or to the one unit
     whose residual it is; x has the layout and dtype of its z."""
-    if not readers or not fuses(i, x):
+    if not readers or specs[i].pool is not None or not fuses(i, x):
         return False
     for reader in readers:
         spec = specs[reader]
@@ -473,6 +509,8 @@ class _Backward:
         begin = 8 * len(self.specs)
         end = begin + len(ctx.dropped)
         self.dropped = dict(zip(ctx.dropped, self.saved[begin:end], strict=True))
+        pooled = [i for i, spec in enumerate(self.specs) if spec.pool is not None]
+        self.places = dict(zip(pooled, self.saved[end : end + len(pooled)], strict=True))
         if not torch.compiler.is_compiling():
             # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
             ctx.maybe_clear_saved_tensors()
@@ -529,6 +567,10 @@ class _Backward:
     def unit(self, i: int, spec: _Spec, squeeze: tuple | None) -> None:
         """Unit i: its gradients of gamma, beta and residual, and what flows on to its input."""
         dy, self.flowing[i] = self.flowing[i], None
+        if spec.pool is not None:
+            of_y = self.saved[8 * i + 3]
+            dy = self.phases.max_pool_backward(dy, self.places.pop(i), of_y, *spec.pool)
+            self.ours[i] = True
         weight, gamma, beta = self.saved[8 * i : 8 * i + 3]
         needs_input = self.wanted[spec.source]
         conv = (
@@ -612,7 +654,7 @@ class _Backward:
             target = self.specs[k]
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
             is_last = z is None or self.joins[k] or _is_last(z)
-            if hidden is None and is_last and target.has_own_statistics:
+            if hidden is None and is_last and target.pool is None and target.has_own_statistics:
                 below = Below(z, bits, mean, rstd, gamma, beta)
                 if bits is not None:
                     self.masked.add(k)
@@ -635,7 +677,13 @@ class _Backward:
             return False
         spec = self.specs[r]
         z = self.saved[8 * r + 3]
-        return spec.act == "identity" and spec.has_own_statistics and z is not None and _is_last(z)
+        return (
+            spec.act == "identity"
+            and spec.pool is None
+            and spec.has_own_statistics
+            and z is not None
+            and _is_last(z)
+        )
 
     def source(self, k: int) -> tuple:
         """(z, mean, rstd, gamma, beta) of unit k."""

@@ -6,6 +6,7 @@ the place of its last operation, so it stops where something in between could wr
 """
 
 import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterable
@@ -138,6 +139,8 @@ class FoundUnit:
     adds_in_place: bool = False
     act_node: fx.Node | None = None
     squeeze: FoundSqueeze | None = None
+    pool_node: fx.Node | None = None
+    pool: tuple[tuple[int, int], ...] | None = None
 
     @property
     def first(self) -> fx.Node:
@@ -154,7 +157,7 @@ class FoundUnit:
 
     @property
     def last(self) -> fx.Node:
-        return self.act_node or self.add or self.bn
+        return self.pool_node or self.act_node or self.add or self.bn
 
     @property
     def residual(self) -> fx.Node | None:
@@ -162,12 +165,13 @@ class FoundUnit:
         return None if self.add is None else next(n for n in self.add.args if n is not self.bn)
 
     def end_at_bn(self) -> None:
-        """Gives up the addition and the activation."""
-        self.add = self.act_node = None
+        """Gives up the addition, the activation and the pooling."""
+        self.add = self.act_node = self.pool_node = self.pool = None
         self.act, self.slope, self.adds_in_place = "identity", 0.01, False
 
     def nodes(self) -> list[fx.Node]:
-        own = [n for n in (self.conv, self.bn, self.add, self.act_node) if n is not None]
+        own = (self.conv, self.bn, self.add, self.act_node, self.pool_node)
+        own = [n for n in own if n is not None]
         return [*(self.squeeze.nodes() if self.squeeze else ()), *own]
 
     def describe(self) -> str:
@@ -177,6 +181,7 @@ class FoundUnit:
         parts.append("bn")
         parts += ["add"] if self.add else []
         parts += [self.act] if self.act != "identity" else []
+        parts += ["maxpool"] if self.pool else []
         return "+".join(parts)
 
 
@@ -253,7 +258,7 @@ def _norm_act_plan(block: nn.Module, options: Options) -> BlockPlans:
 
     def run(self, modules, x):
         return run_chain(
-            x, options.backend, (None, self, act, slope, None, False, None, None, None)
+            x, options.backend, (None, self, act, slope, None, False, None, None, None, None)
         )
 
     children = tuple((name, type(child)) for name, child in block._modules.items())
@@ -470,6 +475,39 @@ class _Builder:
                 return None
         return name, slope
 
+    def _pool_of(self, node: fx.Node) -> tuple[tuple[int, int], ...] | None:
+        """(kernel, stride, padding) as pairs if the node is a max-pooling that units know."""
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        module = self._module(node)
+        if module is not None:
+            if (
+                type(module) is not nn.MaxPool2d
+                or has_hooks(module)
+                or len(node.args) != 1
+                or node.kwargs
+            ):
+                return None
+            values = {name: getattr(module, name) for name in names}
+            self.reads.setdefault(tuple(node.target.split(".")), {}).update(values)
+        elif node.op == "call_function" and node.target is F.max_pool2d:
+            values = {
+                "stride": None,
+                "padding": 0,
+                "dilation": 1,
+                "ceil_mode": False,
+                "return_indices": False,
+            }
+            values |= dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        else:
+            return None
+        values["stride"] = values["stride"] or values["kernel_size"]
+        pairs = [(v, v) if isinstance(v, int) else v for v in (values[name] for name in names[:4])]
+        if values["ceil_mode"] or values["return_indices"] or tuple(pairs[3]) != (1, 1):
+            return None
+        if not all(isinstance(n, int) for pair in pairs for n in pair) or math.prod(pairs[0]) > 256:
+            return None
+        return tuple(map(tuple, pairs[:3]))
+
     def _add_of(self, node: fx.Node, value: fx.Node) -> tuple[fx.Node, bool] | None:
         """(other operand, in place) if the node adds value and another node, without writing to the other one."""
         table = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(node.op, {})
@@ -517,6 +555,9 @@ class _Builder:
             after = _only_reader(reader)
             if after is not None and (act := self._act_of(after)):
                 unit.act_node, (unit.act, unit.slope) = after, act
+        pooled = _only_reader(unit.last)
+        if pooled is not None and (pool := self._pool_of(pooled)):
+            unit.pool_node, unit.pool = pooled, pool
         # A later end, and then the convolution, are given up where something in between could write to what the unit reads.
         if unit.last is not node and (self._is_disturbed([unit]) or self._loses_residual(unit)):
             unit.end_at_bn()
@@ -746,6 +787,7 @@ class _Builder:
         words = "+".join(part.rsplit(".", 1)[-1] for part in conv_and_bn)
         words += "+add" if unit.add is not None else ""
         words += f"+{unit.act}" if unit.act != "identity" else ""
+        words += "+maxpool" if unit.pool else ""
         self.found.partners[unit.bn.target] = words
         if unit.conv is not None:
             self.found.partners[unit.conv.target] = words
@@ -773,7 +815,8 @@ class _Builder:
                     residual = None
                 source = places[unit.input] if i else -1
                 rest = (unit.adds_in_place, squeeze, None if source == i - 1 else source)
-                entries.append((*modules, unit.act, unit.slope, residual, *rest, residual_source))
+                rest = (*rest, residual_source, unit.pool)
+                entries.append((*modules, unit.act, unit.slope, residual, *rest))
             low = {"low_memory": True} if self.options.low_memory else {}
             given = (chain[0].input, self.options.backend, *entries)
             call = self.graph.call_function(run_chain, given, low)

@@ -684,6 +684,46 @@ def se_bwd_apply(
     return torch.addcmul(dmean.to(dy.dtype)[:, :, None, None], dy, g[:, :, None, None])
 
 
+def max_pool(
+    y: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(p, places) of y [N, C, H, W]: torch's max_pool2d, and the place of each maximum within its window, uint8 and in p's layout.
+
+    kernel, stride and padding [2]; at most 256 places in a window.
+    """
+    pooled, index = torch.ops.aten.max_pool2d_with_indices(y, kernel, stride, padding)
+    width = y.shape[3]
+    # Counted from the window's first pixel: row times width, plus column.
+    offset = index.to(torch.int32) - _windows(pooled, stride, padding, width)
+    place = offset.clone()
+    for row in range(1, kernel[0]):
+        place -= (offset >= row * width) * (width - kernel[1])
+    return pooled, place.to(torch.uint8)
+
+
+def max_pool_backward(
+    dp: Tensor, places: Tensor, y: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    """dy of max_pool from dp; of y [N, C, H, W] only the shape, dtype and layout are asked for."""
+    width = y.shape[3]
+    rows = torch.arange(kernel[0], device=dp.device)[:, None] * width
+    offset = (rows + torch.arange(kernel[1], device=dp.device)).flatten()
+    index = offset[places.to(torch.int64)] + _windows(dp, stride, padding, width)
+    ones = [1, 1]
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        dp, y, kernel, stride, padding, ones, False, index
+    )
+
+
+def _windows(pooled: Tensor, stride: list[int], padding: list[int], width: int) -> Tensor:
+    """[OH, OW]: the pixel with which each window begins, counted in rows of `width`; in the padding it may be below 0."""
+    down, across = (
+        torch.arange(size, device=pooled.device, dtype=torch.int32) * s - p
+        for size, s, p in zip(pooled.shape[2:], stride, padding, strict=True)
+    )
+    return down[:, None] * width + across
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums over tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -780,10 +780,17 @@ MUTATIONS = [
     ),
     Mutation(
         "chain",
+        "a pooled unit's input is taken for its output",
+        CHAIN,
+        "if spec.normalize and residual is None and z is not None and spec.pool is None:",
+        "if spec.normalize and residual is None and z is not None:",
+    ),
+    Mutation(
+        "chain",
         "a unit without z is recomputed from it",
         CHAIN,
-        "if spec.normalize and residual is None and z is not None:",
-        "if spec.normalize and residual is None:",
+        "residual is None and z is not None and spec.pool is None:",
+        "residual is None and spec.pool is None:",
     ),
     Mutation(
         "chain",

@@ -122,6 +122,28 @@ class End(Net):
         return [a.unit("relu6"), b.unit("leaky_relu", residual_source=-1)]
 
 
+class Pooled(Net):
+    """Max-pooling behind units, with and without a residual, in the middle, as a residual and at the end."""
+
+    def __init__(self):
+        super().__init__(Layer(18, 10, 3), Layer(10, 24), Layer(24, 24, 3), Layer(24, 24))
+
+    def forward(self, x):
+        a, b, c, d = self.layers
+        y = F.max_pool2d(F.relu(a(x)), 3, 2, 1)
+        y = F.max_pool2d(F.silu(b(y)), (2, 1), (1, 1))
+        return F.max_pool2d(F.relu(d(F.relu(c(y))) + y), (1, 3), 1, (0, 1))
+
+    def units(self, x):
+        a, b, c, d = self.layers
+        return [
+            a.unit("relu")._replace(pool=ops.MaxPool((3, 3), (2, 2), (1, 1))),
+            b.unit("silu")._replace(pool=ops.MaxPool((2, 1), (1, 1), (0, 0))),
+            c.unit("relu"),
+            d.unit("relu", residual_source=1)._replace(pool=ops.MaxPool((1, 3), (1, 1), (0, 1))),
+        ]
+
+
 class TwoReaders(Net):
     """A unit that two convolutions read and nobody else, and one that is its own reader's residual."""
 
@@ -233,7 +255,7 @@ def step(run, net: nn.Module, x: Tensor, needs_x: bool, dy: Tensor) -> dict[str,
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
 @pytest.mark.parametrize(
-    "make", [Bottleneck, Linear, End, TwoReaders, Crossed, CrossedLinear, TwoActivations]
+    "make", [Bottleneck, Linear, End, Pooled, TwoReaders, Crossed, CrossedLinear, TwoActivations]
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "some frozen"])
 def test_chain_is_what_pytorch_computes(

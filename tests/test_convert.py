@@ -304,7 +304,7 @@ def test_addition_of_quantizable_models():
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("resnet10t", {"bn1": "conv+bn+relu", "layer1.0.bn2": "conv+bn+add+relu"}),
+        ("resnet10t", {"bn1": "conv+bn+relu+maxpool", "layer1.0.bn2": "conv+bn+add+relu"}),
         ("test_efficientnet", {"bn1": "conv+bn+silu"}),
         ("mobilenetv3_small_050", {"bn1": "conv+bn+hardswish", "blocks.0.0.bn2": "se+conv+bn"}),
         ("tf_efficientnet_b0", {"bn1": "bn+silu"}),
@@ -802,12 +802,12 @@ def test_explain_reports_each_norm_once():
     assert told.to_dict()["fused"][0] == {
         "name": "bn1",
         "kind": "BatchNorm2d",
-        "fused_as": "conv+bn+relu",
+        "fused_as": "conv+bn+relu+maxpool",
         "block": "",
         "reason": None,
     }
     assert "5 of 5 BatchNorms fused" in str(told)
-    assert "# conv1+bn1+relu" in str(bnfast.convert(model))
+    assert "# conv1+bn1+relu+maxpool" in str(bnfast.convert(model))
     assert "bnfast" not in str(model) and "# conv" not in str(model)
 
 
@@ -956,7 +956,7 @@ def test_blocks_of_a_stage_are_one_chain():
     """Blocks are looked into from above, and what only the units of a chain read stays in it, over blocks and stages."""
     model = bnfast.convert(prepare(ResNet()), train="keep")
     sources = [plan.source for plan in model.__dict__["forward"].plans]
-    assert [source.count("run_chain(") for source in sources] == [2]  # before the pooling, behind
+    assert [source.count("run_chain(") for source in sources] == [1]
 
 
 def test_a_block_that_is_called_twice_keeps_its_own_plan():
@@ -1152,6 +1152,57 @@ def test_order_of_operands_and_modes_in_products():
             for name, training in zip(names, modes, strict=True):
                 model.get_submodule(name).train(training)
         agree(plain, converted, X, modes=(None,))
+
+
+class Pools(nn.Module):
+    """A unit with a pooling behind it that `make` gives: a module, or a function of y."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
+        if isinstance(pool, nn.Module):
+            self.pool = pool
+        else:
+            object.__setattr__(self, "pool", pool)
+
+    def forward(self, x):
+        return self.pool(self.relu(self.bn(self.conv(x)))) * 2
+
+
+@pytest.mark.parametrize(
+    "pool, inside",
+    [
+        (nn.MaxPool2d(3, 2, 1), True),
+        (nn.MaxPool2d((2, 3), padding=(1, 0)), True),
+        (nn.MaxPool2d(16, 16), True),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), False),
+        (nn.MaxPool2d(2, dilation=2), False),
+        (nn.MaxPool2d(17, 1, 8), False),
+        (nn.AvgPool2d(2), False),
+        (lambda y: F.max_pool2d(y, 2), True),
+        (lambda y: F.max_pool2d(y, (3, 3), stride=2, padding=1), True),
+        (lambda y: F.max_pool2d(y, 3, 2, 1, ceil_mode=True), False),
+        (lambda y: F.max_pool2d(y, 2, return_indices=True)[0], False),
+    ],
+    ids=str,
+)
+def test_max_pooling_ends_a_unit(pool, inside):
+    plain, converted = check(Pools(pool), images(2, 3, 22, 21))
+    (kind,) = fused(converted).values()
+    assert kind == ("conv+bn+relu+maxpool" if inside else "conv+bn+relu")
+    if isinstance(pool, nn.MaxPool2d):
+        for model in (plain, converted):
+            model.pool.stride = 3  # from now on the plan is another model's
+        agree(plain, converted, images(2, 3, 22, 21))
+
+
+def test_of_a_pooled_unit_one_byte_per_maximum_is_saved():
+    """Neither the pooling's input nor its indices of eight bytes."""
+    model = bnfast.freeze(Pools(nn.MaxPool2d(2)), "bn")
+    x = torch.randn(2, 3, 18, 18)
+    z, pooled = 2 * 6 * 16 * 16, 2 * 6 * 8 * 8
+    saved = saved_activation_bytes(bnfast.convert(model), x)
+    assert saved - (4 * z + pooled) == 4 * 2 * 6  # mean, rstd
 
 
 def test_low_memory_keeps_the_results_and_saves_less():

@@ -350,6 +350,8 @@ def test_operators_are_the_phases():
     no_operators = {
         "se_fwd",
         "se_bwd_apply",
+        "max_pool",
+        "max_pool_backward",
         "conv_fwd_reduce_apply",
         "bn_bwd_reduce_apply_dgrad",
     }

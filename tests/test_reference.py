@@ -176,3 +176,30 @@ def test_rstd_of_zero_variance():
     zero = torch.zeros(3, dtype=torch.float64)
     assert torch.equal(reference.rstd_of(zero, 0.0), zero)
     torch.testing.assert_close(reference.rstd_of(zero, 1e-4), zero + 100.0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [
+        ((2, 2), (2, 2), (0, 0)),
+        ((3, 3), (2, 2), (1, 1)),
+        ((1, 4), (3, 1), (0, 2)),
+        ((16, 16), (5, 7), (8, 3)),
+        ((5, 3), (1, 2), (2, 1)),
+    ],
+    ids=str,
+)
+def test_max_pool_by_places(kernel, stride, padding, memory_format):
+    """PyTorch's own pooling and its gradient, with many equal values, a NaN, and places of one byte."""
+    y = torch.randint(-3, 4, (2, 5, 19, 17)).double().contiguous(memory_format=memory_format)
+    y[1, 2, 7, 8] = float("nan")
+    y.requires_grad_()
+    expected = torch.nn.functional.max_pool2d(y, kernel, stride, padding)
+    dp = torch.randn_like(expected)
+    expected.backward(dp)
+    pooled, places = reference.max_pool(y.detach(), kernel, stride, padding)
+    assert torch.equal(pooled.nan_to_num(9), expected.nan_to_num(9))
+    assert places.dtype == torch.uint8 and places.stride() == pooled.stride()
+    dy = reference.max_pool_backward(dp, places, y.detach(), kernel, stride, padding)
+    assert torch.equal(dy, y.grad)

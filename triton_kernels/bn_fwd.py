@@ -110,18 +110,23 @@ def merge_tile(z, mask, n, mean, m2, count, CHANNEL_IS_COLUMN: tl.constexpr):
 
 
 @triton.jit
-def store_moments(part_ptr, split, c, channels, mean, m2, count):
-    """One split's partial result into [splits, 2 C + 1]; the number of values is the same for all channels."""
-    row = part_ptr + split * (2 * channels + 1)
-    tl.store(row + c, mean, c < channels)
-    tl.store(row + channels + c, m2, c < channels)
-    tl.store(row + 2 * channels + c * 0, count, c == 0)
+def store_moments(part_ptr, split, c, channels, origin, mean, m2, count):
+    """One split's partial result into [splits, 3 C + 1]; the number of values is the same for all channels. The mean, counted from
+    the origin, goes there as two numbers whose sum it is: where it is large, one would not tell splits apart to the last digit."""
+    high = origin + mean
+    of_mean = high - origin
+    low = (origin - (high - of_mean)) + (mean - of_mean)
+    row = part_ptr + split * (3 * channels + 1)
+    tl.store(row + c, high, c < channels)
+    tl.store(row + channels + c, low, c < channels)
+    tl.store(row + 2 * channels + c, m2, c < channels)
+    tl.store(row + 3 * channels + c * 0, count, c == 0)
 
 
 @triton.jit
 def bn_fwd_reduce_kernel(
     z_ptr,  # [rows, columns]
-    part_ptr,  # [splits, 2 C + 1] in ACC: mean and M2 per channel, number of values
+    part_ptr,  # [splits, 3 C + 1] in ACC: mean as the sum of two and M2 per channel, number of values
     tracked_ptr,  # [] int64 or None
     rows,
     columns,
@@ -150,7 +155,7 @@ def bn_fwd_reduce_kernel(
         z = tl.load(z_ptr + at, mask, 0).to(ACC) - spread(origin, CHANNEL_IS_COLUMN)
         z = tl.where(mask, z, 0)
         mean, m2, count = merge_tile(z, mask, values.to(ACC), mean, m2, count, CHANNEL_IS_COLUMN)
-    store_moments(part_ptr, split, c, channels, mean + origin, m2, count)
+    store_moments(part_ptr, split, c, channels, origin, mean, m2, count)
 
 
 @triton.jit
@@ -194,7 +199,7 @@ def store_statistics(
 
 @triton.jit
 def finalise_moments_kernel(
-    part_ptr,  # [splits, 2 C + 1] in ACC
+    part_ptr,  # [splits, 3 C + 1] in ACC
     mean_ptr,  # [C] in ACC
     m2_ptr,  # or None
     rstd_ptr,
@@ -216,19 +221,20 @@ def finalise_moments_kernel(
     s = tl.arange(0, BLOCK_S)
     mask = c < channels
     inside = (s < splits)[:, None] & mask[None, :]
-    row = part_ptr + s * (2 * channels + 1)
+    row = part_ptr + s * (3 * channels + 1)
     at = row[:, None] + c[None, :]
-    n = tl.load(row + 2 * channels, s < splits, 0)
+    n = tl.load(row + 3 * channels, s < splits, 0)
     count = tl.sum(n, 0)
     n = n[:, None]
     one_over_count = 1 / tl.maximum(count, 1)
     # From the first split's mean: the difference of two that lie close is exact.
     origin = tl.load(part_ptr + c, mask, 0)
-    part_mean = tl.where(inside, tl.load(at, inside, 0) - origin[None, :], 0)
+    part_mean = (tl.load(at, inside, 0) - origin[None, :]) + tl.load(at + channels, inside, 0)
+    part_mean = tl.where(inside, part_mean, 0)
     mean = tl.sum(n * part_mean, 0) * one_over_count
     d = tl.where(inside, part_mean - mean[None, :], 0)
     mean += origin
-    m2 = tl.sum(tl.load(at + channels, inside, 0) + n * d * d, 0)
+    m2 = tl.sum(tl.load(at + 2 * channels, inside, 0) + n * d * d, 0)
     tl.store(mean_ptr + c, mean, mask)
     if m2_ptr is not None:
         tl.store(m2_ptr + c, m2, mask)
@@ -356,9 +362,9 @@ def finalise_moments(
     eps: float,
     with_m2: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """mean, M2 (where asked for) and rstd [C] from the partial results [splits, 2 C + 1]; at most `layout.MOST_SPLITS` splits."""
+    """mean, M2 (where asked for) and rstd [C] from the partial results [splits, 3 C + 1]; at most `layout.MOST_SPLITS` splits."""
     splits, channels = parts.shape
-    channels //= 2
+    channels //= 3
     mean, rstd = parts.new_empty(channels), parts.new_empty(channels)
     m2 = parts.new_empty(channels) if with_m2 else None
     block = 16
@@ -400,7 +406,7 @@ def reduce_dense(
         mean = torch.zeros(z.shape[1], dtype=acc, device=z.device)
         return mean, mean.clone(), rstd_of(mean, eps)
     split = split_of(view)
-    parts = z.new_empty((split.splits, 2 * view.channels + 1), dtype=acc)
+    parts = z.new_empty((split.splits, 3 * view.channels + 1), dtype=acc)
     bn_fwd_reduce_kernel[(split.blocks, split.splits)](
         z,
         parts,

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from bnfast import reference
 from bnfast.cuda import input_gradient
-from bnfast.reference import Above, Below, Beside, Norm, Source, accumulator, se_bwd_apply, se_fwd
+from bnfast.reference import (
+    Above,
+    Below,
+    Beside,
+    Norm,
+    Source,
+    accumulator,
+    max_pool,
+    max_pool_backward,
+    se_bwd_apply,
+    se_fwd,
+)
 
 from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_, finalise_sums
 from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply, finalise_moments
@@ -38,6 +49,8 @@ __all__ = [
     "conv_fwd_reduce_apply",
     "fuses_chain",
     "fuses_gram",
+    "max_pool",
+    "max_pool_backward",
     "se_bwd_apply",
     "se_bwd_reduce",
     "se_fwd",

@@ -44,7 +44,7 @@ def conv_fwd_reduce_kernel(
     w_ptr,  # [taps, J, K]
     bias_ptr,  # [K] or None
     z_ptr,  # [N, OH, OW, K]
-    part_ptr,  # [splits, 2 K + 1] in ACC as in bn_fwd.py, or None: no moments
+    part_ptr,  # [splits, 3 K + 1] in ACC as in bn_fwd.py, or None: no moments
     tracked_ptr,  # [] int64 or None
     pixels,  # N OH OW
     height,
@@ -124,7 +124,7 @@ def conv_fwd_reduce_kernel(
             value = tl.where(mask, value - origin[None, :], 0)
             mean, m2, count = merge_tile(value, mask, n, mean, m2, count, True)
     if part_ptr is not None:
-        store_moments(part_ptr, split, k, out_channels, mean + origin, m2, count)
+        store_moments(part_ptr, split, k, out_channels, origin, mean, m2, count)
 
 
 def launch_conv(
@@ -152,7 +152,7 @@ def launch_conv(
     acc = accumulator(x.dtype)
     parts = None
     if with_moments:
-        size = (grid[1], 2 * out_channels + 1)
+        size = (grid[1], 3 * out_channels + 1)
         parts = x.new_empty(size, dtype=acc) if norm is None else norm.rstd.new_empty(size)
     conv_fwd_reduce_kernel[grid](
         x,
