@@ -112,7 +112,6 @@ class _Spec(NamedTuple):
     group: Any
     source: int
     residual_source: int | None
-
     pool: MaxPool | None
     has_own_statistics: bool  # it normalises by the statistics of this process' batch
 
@@ -316,14 +315,12 @@ class _Forward:
         self.saved_squeeze: list[Tensor | None] = []
         self.input_sizes: list[torch.Size] = []
         self.shares: list = []
-        # Whether the backend joins the unit's convolution with what is around it.
+        # Units whose z the backward pass makes again, and their biases.
+        self.dropped: list[int] = []
         self.saved_biases: list[Tensor | None] = []
-        self.saved_places: list[
-            Tensor
-        ] = []  # of the maxima of those units that pool, in their order
-        self.dropped: list[
-            int
-        ] = []  # units whose z the backward pass makes again, and in the same order their biases
+        # Where the maxima of those units lie that pool, in their order.
+        self.saved_places: list[Tensor] = []
+        # Whether the backend joins the unit's convolution with what is around it.
         self.joins: list[bool] = []
 
     def __call__(self) -> Tensor:

@@ -29,7 +29,7 @@ def act_value(x, ACT: tl.constexpr, SLOPE: tl.constexpr):
     elif ACT == "leaky_relu":
         x = tl.where(x > 0, x, x * SLOPE)
     elif ACT == "silu":
-        x = x * sigmoid(x)
+        x = x / (1 + tl.exp(-x))
     elif ACT == "hardswish":
         t = x + 3
         x = x * tl.where(t < 0, 0.0, tl.where(t > 6, 6.0, t)) / 6

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnfast.reference import Norm, accumulator, rstd_of
 
 from .activation import act_passes, act_value, pack_bits, pre_activation
-from .launch import TRITON_DTYPES, device_of, no_elements, pair
+from .launch import TRITON_DTYPES, device_of, no_elements, three
 from .layout import (
     WARPS,
     View,
@@ -30,9 +30,9 @@ from .layout import (
 
 
 @triton.jit
-def load_pair(high, low, ACC: tl.constexpr):
-    """[1] of a float64 argument that comes as the sum of two float32."""
-    return tl.full([1], high, ACC) + tl.full([1], low, ACC)
+def load_sum(high, low, lowest, ACC: tl.constexpr):
+    """[1] of a float64 argument that comes as the sum of three float32."""
+    return tl.full([1], high, ACC) + (tl.full([1], low, ACC) + tl.full([1], lowest, ACC))
 
 
 @triton.jit
@@ -85,10 +85,10 @@ def reduced_tile(
 
 
 @triton.jit
-def load_origin(z_ptr, c, mask, step, ACC: tl.constexpr):
-    """The first value of each channel: moments are taken of the distance from it, so that the size of the mean costs no
-    digits, however many tiles are merged. 0 where it is no number to count from."""
-    origin = tl.load(z_ptr + c * step, mask, 0).to(ACC)
+def origin_of(z, n, AXIS: tl.constexpr):
+    """The mean of a split's first tile, z being 0 outside of the tensor: moments are taken of the distance from it, so that the size
+    of the mean costs no digits, however many tiles are merged. 0 where it is no number to count from."""
+    origin = tl.sum(z, AXIS) / tl.maximum(n, 1)
     return tl.where(tl.abs(origin) < float("inf"), origin, 0)
 
 
@@ -140,20 +140,24 @@ def bn_fwd_reduce_kernel(
 ):
     """Moments of one split."""
     CHANNELS: tl.constexpr = BLOCK_C if CHANNEL_IS_COLUMN else BLOCK_R
+    AXIS: tl.constexpr = 0 if CHANNEL_IS_COLUMN else 1
     split = tl.program_id(1)
     if tracked_ptr is not None and tl.program_id(0) + split == 0:
         tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    origin = load_origin(z_ptr, c, c < channels, 1 if CHANNEL_IS_COLUMN else columns, ACC)
+    origin = tl.zeros([CHANNELS], ACC)
     mean = tl.zeros([CHANNELS], ACC)
     m2 = tl.zeros([CHANNELS], ACC)
     count = tl.zeros([CHANNELS], ACC)
-    for tile in range(split * per_split, (split + 1) * per_split):
+    first = split * per_split
+    for tile in range(first, first + per_split):
         at, mask, values, _, _ = reduced_tile(
             tile, c, rows, columns, channels, CHANNEL_IS_COLUMN, WIDE, BLOCK_R, BLOCK_C
         )
-        z = tl.load(z_ptr + at, mask, 0).to(ACC) - spread(origin, CHANNEL_IS_COLUMN)
-        z = tl.where(mask, z, 0)
+        z = tl.load(z_ptr + at, mask, 0).to(ACC)
+        if tile == first:
+            origin = origin_of(z, values.to(ACC), AXIS)
+        z = tl.where(mask, z - spread(origin, CHANNEL_IS_COLUMN), 0)
         mean, m2, count = merge_tile(z, mask, values.to(ACC), mean, m2, count, CHANNEL_IS_COLUMN)
     store_moments(part_ptr, split, c, channels, origin, mean, m2, count)
 
@@ -178,19 +182,21 @@ def store_statistics(
     tracked_ptr,
     momentum,
     momentum_low,
+    momentum_lowest,
     eps,
     eps_low,
+    eps_lowest,
     ACC: tl.constexpr,
 ):
     """Equations (3) and (4) of channels c."""
-    shifted = m2 / tl.maximum(count, 1) + load_pair(eps, eps_low, ACC)
+    shifted = m2 / tl.maximum(count, 1) + load_sum(eps, eps_low, eps_lowest, ACC)
     # The rounded square root exists for float32 alone; that of float64 always rounds.
     root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
     tl.store(rstd_ptr + c, tl.where(shifted == 0, 0, 1 / root), mask)
     if tracked_ptr is not None:
         factor = 1 / tl.load(tracked_ptr).to(ACC)
     else:
-        factor = load_pair(momentum, momentum_low, ACC)
+        factor = load_sum(momentum, momentum_low, momentum_lowest, ACC)
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, c, mask, mean, factor)
     if running_var_ptr is not None:
@@ -208,8 +214,10 @@ def finalise_moments_kernel(
     tracked_ptr,  # [] int64: the momentum is one over it; or None
     momentum,
     momentum_low,
+    momentum_lowest,
     eps,
     eps_low,
+    eps_lowest,
     channels,
     splits,
     BLOCK_S: tl.constexpr,
@@ -240,7 +248,7 @@ def finalise_moments_kernel(
         tl.store(m2_ptr + c, m2, mask)
     store_statistics(
         c, mask, mean, m2, count, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum,
-        momentum_low, eps, eps_low, ACC,
+        momentum_low, momentum_lowest, eps, eps_low, eps_lowest, ACC,
     )  # fmt: skip
 
 
@@ -376,8 +384,8 @@ def finalise_moments(
         running_mean,
         running_var,
         num_batches_tracked if momentum is None and running_mean is not None else None,
-        *pair(momentum or 0.0),
-        *pair(eps),
+        *three(momentum or 0.0),
+        *three(eps),
         channels,
         splits,
         BLOCK_S=next_power_of_2(splits),

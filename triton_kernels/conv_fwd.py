@@ -18,7 +18,7 @@ from bnfast.reference import Norm, accumulator
 
 from . import launch
 from .activation import act_value, pre_activation
-from .bn_fwd import load_norm, merge_tile, store_moments, times
+from .bn_fwd import load_norm, merge_tile, origin_of, store_moments, times
 from .launch import TRITON_DTYPES
 from .layout import MOST_SPLITS, PROGRAMS, cdiv, empty_last
 
@@ -120,7 +120,7 @@ def conv_fwd_reduce_kernel(
             n = tl.maximum(0, tl.minimum(BLOCK_M, pixels - first_m)).to(ACC)
             value = tl.where(mask, z.to(ACC), 0)
             if tile == first:
-                origin = tl.sum(value, 0) / tl.maximum(n, 1)
+                origin = origin_of(value, n, 0)
             value = tl.where(mask, value - origin[None, :], 0)
             mean, m2, count = merge_tile(value, mask, n, mean, m2, count, True)
     if part_ptr is not None:

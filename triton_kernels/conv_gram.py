@@ -25,7 +25,7 @@ from .activation import act_passes, act_value, masked, pack_bits, pre_activation
 from .bn_bwd import finalise_sums
 from .bn_fwd import bit_places, load_channels, load_norm, store_statistics, times
 from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, packed_taps, precision
-from .launch import TRITON_DTYPES, device_of, pair
+from .launch import TRITON_DTYPES, device_of, three
 from .layout import MOST_SPLITS, PROGRAMS, WARPS, cdiv, empty_last
 
 # A split's partial moments are at most this part of what it reads.
@@ -166,8 +166,10 @@ def finalise_statistics_kernel(
     tracked_ptr,  # [] int64: the momentum is one over it; or None
     momentum,
     momentum_low,
+    momentum_lowest,
     eps,
     eps_low,
+    eps_lowest,
     in_channels,
     out_channels,
     count,
@@ -202,7 +204,7 @@ def finalise_statistics_kernel(
     m2 = tl.where(m2 < 0, 0, m2)
     store_statistics(
         k, mask, mean, m2, tl.full([], count, ACC), rstd_ptr, running_mean_ptr, running_var_ptr,
-        tracked_ptr, momentum, momentum_low, eps, eps_low, ACC,
+        tracked_ptr, momentum, momentum_low, momentum_lowest, eps, eps_low, eps_lowest, ACC,
     )  # fmt: skip
 
 
@@ -443,8 +445,8 @@ def bn_fwd_apply_gram_reduce(
             running_mean,
             running_var,
             num_batches_tracked if momentum is None and running_mean is not None else None,
-            *pair(momentum or 0.0),
-            *pair(eps),
+            *three(momentum or 0.0),
+            *three(eps),
             channels,
             out_channels,
             pixels,

@@ -68,7 +68,8 @@ def _range(t: Tensor) -> tuple[int, int]:
 
 
 @functools.lru_cache(1024)
-def pair(value: float) -> tuple[float, float]:
-    """A float64 as two floats whose sum in float64 is value to 48 bits; Triton passes floats as float32."""
+def three(value: float) -> tuple[float, float, float]:
+    """A float64 as three floats whose sum it is; Triton passes floats as float32."""
     high = ctypes.c_float(value).value
-    return high, value - high
+    low = ctypes.c_float(value - high).value
+    return high, low, value - high - low
