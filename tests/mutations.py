@@ -639,6 +639,13 @@ MUTATIONS = [
         "inside, 0), 0)",
     ),
     Mutation(
+        "bn_fwd_reduce",
+        "triton: a split's mean as one number",
+        TRITON_FWD,
+        "low = (origin - (high - of_mean)) + (mean - of_mean)",
+        "low = mean * 0",
+    ),
+    Mutation(
         "bn_fwd_apply",
         "triton: gamma forgotten",
         TRITON_FWD,

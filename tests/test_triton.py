@@ -79,6 +79,18 @@ def test_many_small_tiles(memory_format, monkeypatch):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=f"{name}, tile {tile}")
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_means_of_splits_far_from_zero(memory_format, monkeypatch):
+    """At 100,000 float32 has no digit for how far the splits' means are apart; the squares between them need some."""
+    monkeypatch.setattr(layout, "REDUCED_TILE", 64)
+    monkeypatch.setattr(layout, "LEAST_VALUES", 1)
+    z = (torch.randn(9, 5, 7, 11) + 1e5).to(DEVICE).contiguous(memory_format=memory_format)
+    found = triton_kernels.bn_fwd_reduce(z, None, None, None, 0.1, 1e-5)
+    expected = reference.bn_fwd_reduce(z.double(), None, None, None, 0.1, 1e-5)
+    for name, a, e in zip(("mean", "m2", "rstd"), found, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("shape", [(64, 16, 32, 32), (3, 1000, 7, 7), (2, 3, 224, 224), (9, 5)])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_splits_cover_every_tile_once(shape, memory_format):
