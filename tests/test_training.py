@@ -50,7 +50,8 @@ def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
     hence the factor 3 and the floor, the size of one flip.
     """
     model = plain_model()
-    batches = data(1)
+    # In an interpreter a step takes a minute.
+    batches = [t[: 2 if backend.interpreted else STEPS] for t in data(1)]
     exact = train(copy.deepcopy(model).double(), batches[0].double(), batches[1])
     plain = [
         train(copy.deepcopy(model), images, batches[1], memory_format)
@@ -59,7 +60,8 @@ def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
     ]
     with bnfast.use_backend(backend.name):
         ours = train(bnfast.convert(model, memory_format=layout), *batches)
-    assert exact[-5:].mean() < exact[:5].mean() - 0.05, "nothing was learned"
+    if not backend.interpreted:
+        assert exact[-5:].mean() < exact[:5].mean() - 0.05, "nothing was learned"
     plain = torch.stack([exact, *plain])
     spread = plain.amax(0) - plain.amin(0)
     band = 3 * spread.cummax(0).values + 2e-4
@@ -71,7 +73,7 @@ def test_float64_training_is_the_same(backend):
     """Without rounding to speak of, the two trajectories, gammas, betas and running statistics coincide."""
     backend.takes_long()
     model = plain_model().double()
-    batches = [t[:5] for t in data(2, torch.float64)]
+    batches = [t[: 2 if backend.interpreted else 5] for t in data(2, torch.float64)]
     converted = bnfast.convert(model)
     with bnfast.use_backend(backend.name):
         ours = train(converted, *batches)
