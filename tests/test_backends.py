@@ -629,7 +629,8 @@ def check_mask(backend, act, z, mean, rstd, gamma, beta, r) -> None:
     else:  # written so that a NaN passes
         passes = ~((y <= 0) | (y >= (6 if act == "relu6" else torch.inf)))
     share = passes.float().mean().item()
-    assert 0.02 < share < 0.98, f"the data do not exercise the mask: {share} pass"
+    exercised = 0.02 < share < 0.98 or z.numel() < 100  # of a few values all may lie on one side
+    assert exercised, f"the data do not exercise the mask: {share} pass"
     # Powers of two keep everything below exact: sums of them, and their products with the slope.
     dy = torch.full_like(z, weight)
     blocked = weight * slope if act == "leaky_relu" else 0.0
