@@ -326,7 +326,8 @@ class _ConvolutionBytes(TorchDispatchMode):
             self.bytes += x.nbytes + y.nbytes
             return y
         result = function(*args, **(kwargs or {}))
-        if function in (aten.add.Tensor, aten.add_.Tensor) and result.dim() == 4:
+        is_sum = function in (aten.add.Tensor, aten.add_.Tensor) and result.dim() == 4
+        if is_sum and result.is_floating_point():  # and none of pooling's indices
             self.bytes += 3 * result.nbytes
         return result
 

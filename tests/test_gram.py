@@ -212,6 +212,24 @@ def test_constant_input_has_variance_zero(gram_backend):
     torch.testing.assert_close(found["y"], beta, rtol=1e-3, atol=1e-3)
 
 
+def test_weights_under_which_the_input_cancels(gram_backend):
+    """Channels that are sums of two others, and weights that take them apart again: the variance is what rounding leaves, which
+    can be less than nothing; rstd stays a number."""
+    device = gram_backend.device
+    two = torch.randn(2, 8, 7, 5, device=device)
+    z = torch.cat([two, two[:, :4] + two[:, 4:]], 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(24, 12, 1, 1, device=device)
+    for k in range(24):
+        weight[k, [k % 4, k % 4 + 4, k % 4 + 8], 0, 0] = (2.0 + k) ** 5 * torch.tensor(
+            [1.0, 1.0, -1.0], device=device
+        )
+    stats = (None, None, None, 0.1, 1e-5)
+    _, rstd = gram_backend.module.bn_fwd_apply_gram_reduce(
+        z, None, "identity", 0.0, weight, None, *stats
+    )
+    assert rstd.isfinite().all()
+
+
 def test_below_without_z_is_masked_and_beside_is_summed(gram_backend):
     """The gradient that flows into a unit without z, and the sums of the shortcut beside it."""
     device, last = gram_backend.device, torch.channels_last
