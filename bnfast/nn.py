@@ -245,10 +245,10 @@ def _padding(conv: nn.Module) -> tuple[int, ...] | None:
 def run_chain(x: Tensor, backend: str, *entries: tuple, low_memory: bool = False) -> Tensor:
     """Runs a chain of (conv, bn, act, negative_slope, residual, adds_in_place, squeeze, source, residual_source, pool) units.
 
-    conv, bn, residual, squeeze, pool (see `ops.MaxPool`) and the sources may be None; squeeze is (reduce, act, expand, gate), see `ops.SqueezeExcite`;
-    the sources are links within the chain, see `ops.Unit`; low_memory is that of `ops.frozen_conv_bn_act`. Decides at each call what runs fused: where a
-    convolution's or a squeeze's weight or bias needs a gradient, or a residual has another shape or dtype than what it is
-    added to, every unit runs on its own and what cannot be fused as itself.
+    conv, bn, residual, squeeze, pool (see `ops.MaxPool`) and the sources may be None; squeeze is (reduce, act, expand, gate), see
+    `ops.SqueezeExcite`; the sources are links within the chain, see `ops.Unit`; low_memory is that of `ops.frozen_conv_bn_act`.
+    Decides at each call what runs fused: where a convolution's or a squeeze's weight or bias needs a gradient, or a residual has
+    another shape or dtype than what it is added to, every unit runs on its own and what cannot be fused as itself.
     """
     units = []
     values = _Values(x)

@@ -567,7 +567,7 @@ class _Backward:
         if spec.pool is not None:
             of_y = self.saved[8 * i + 3]
             dy = self.phases.max_pool_backward(dy, self.places.pop(i), of_y, *spec.pool)
-            self.ours[i] = True
+            self.ours[i] = not torch.compiler.is_compiling()
         weight, gamma, beta = self.saved[8 * i : 8 * i + 3]
         needs_input = self.wanted[spec.source]
         conv = (
@@ -650,7 +650,7 @@ class _Backward:
         if k >= 0 and self.remaining[k] == 0:
             target = self.specs[k]
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
-            is_last = z is None or self.joins[k] or _is_last(z)
+            is_last = self.joins[k] if z is None else self.joins[k] or _is_last(z)
             if hidden is None and is_last and target.pool is None and target.has_own_statistics:
                 below = Below(z, bits, mean, rstd, gamma, beta)
                 if bits is not None:

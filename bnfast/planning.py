@@ -489,7 +489,7 @@ class _Builder:
                 return None
             values = {name: getattr(module, name) for name in names}
             self.reads.setdefault(tuple(node.target.split(".")), {}).update(values)
-        elif node.op == "call_function" and node.target is F.max_pool2d:
+        elif node.op == "call_function" and node.target is F.max_pool2d and node.args:
             values = {
                 "stride": None,
                 "padding": 0,
@@ -500,13 +500,18 @@ class _Builder:
             values |= dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
         else:
             return None
-        values["stride"] = values["stride"] or values["kernel_size"]
-        pairs = [(v, v) if isinstance(v, int) else v for v in (values[name] for name in names[:4])]
-        if values["ceil_mode"] or values["return_indices"] or tuple(pairs[3]) != (1, 1):
+        values["stride"] = values["stride"] or values.get("kernel_size")
+        pairs = []
+        for name in names[:4]:
+            value = values.get(name)
+            pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+            if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+                return None  # a size of the trace, for example
+            pairs.append(pair)
+        kernel, stride, padding, dilation = pairs
+        if values["ceil_mode"] or values["return_indices"] or dilation != (1, 1):
             return None
-        if not all(isinstance(n, int) for pair in pairs for n in pair) or math.prod(pairs[0]) > 256:
-            return None
-        return tuple(map(tuple, pairs[:3]))
+        return (kernel, stride, padding) if math.prod(kernel) <= 256 else None
 
     def _add_of(self, node: fx.Node, value: fx.Node) -> tuple[fx.Node, bool] | None:
         """(other operand, in place) if the node adds value and another node, without writing to the other one."""
@@ -556,7 +561,9 @@ class _Builder:
             if after is not None and (act := self._act_of(after)):
                 unit.act_node, (unit.act, unit.slope) = after, act
         pooled = _only_reader(unit.last)
-        if pooled is not None and (pool := self._pool_of(pooled)):
+        # Of a value with other dimensions max_pool2d makes something else.
+        has_planes = isinstance(bn, nn.BatchNorm2d)
+        if has_planes and pooled is not None and (pool := self._pool_of(pooled)):
             unit.pool_node, unit.pool = pooled, pool
         # A later end, and then the convolution, are given up where something in between could write to what the unit reads.
         if unit.last is not node and (self._is_disturbed([unit]) or self._loses_residual(unit)):

@@ -405,6 +405,26 @@ def test_low_memory_is_the_same_to_the_bit(make, needs_x, dtype, chain_backend):
     assert 0 <= dropped - (saved[0] - saved[1]) <= 4 * 48, saved
 
 
+def test_low_memory_beside_joined_convolutions(chain_backend, monkeypatch):
+    """What is made again only in its own backward pass has no z yet where the convolution behind it is joined with others."""
+    set_route(monkeypatch, "fused")
+    net = Net(Layer(16, 8), Layer(8, 16, groups=2), Layer(16, 8), Layer(8, 8)).to(
+        chain_backend.device
+    )
+    a, b, c, d = net.layers
+    x = torch.randn(2, 16, 6, 5, device=chain_backend.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    units = [a.unit("relu"), b.unit("relu"), c.unit("relu"), d.unit("relu")]
+    results, dy = [], torch.randn(2, 8, 6, 5, device=chain_backend.device)
+    for low in (False, True):
+        y = ops.frozen_conv_bn_act(x, units, chain_backend.name, low_memory=low)
+        results.append(
+            torch.autograd.grad(y, list(filter(lambda p: p.requires_grad, net.parameters())), dy)
+        )
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_links_that_lead_nowhere_are_refused():
     x, layer = torch.randn(2, 8, 4, 4), Layer(8, 8)
     with pytest.raises(ValueError, match=r"source of unit 1 is 1; allowed are -1 to 0"):

@@ -1183,6 +1183,10 @@ class Pools(nn.Module):
         (lambda y: F.max_pool2d(y, (3, 3), stride=2, padding=1), True),
         (lambda y: F.max_pool2d(y, 3, 2, 1, ceil_mode=True), False),
         (lambda y: F.max_pool2d(y, 2, return_indices=True)[0], False),
+        (lambda y: F.max_pool2d(y, y.shape[2:]), False),
+        (lambda y: F.max_pool2d(y, kernel_size=y.size()[2:], stride=1), False),
+        (lambda y: F.max_pool2d(y, (y.size(2), 1)), False),
+        (lambda y: F.max_pool2d(input=y, kernel_size=2), True),
     ],
     ids=str,
 )
@@ -1194,6 +1198,21 @@ def test_max_pooling_ends_a_unit(pool, inside):
         for model in (plain, converted):
             model.pool.stride = 3  # from now on the plan is another model's
         agree(plain, converted, images(2, 3, 22, 21))
+
+
+def test_pooling_of_what_has_no_planes_stays_outside():
+    """max_pool2d takes [N, C, L] for one image."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+
+    _, converted = check(Net(), images(4, 3, 12))
+    assert list(fused(converted).values()) == ["conv+bn+relu"]
 
 
 def test_of_a_pooled_unit_one_byte_per_maximum_is_saved():

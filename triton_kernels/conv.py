@@ -118,7 +118,7 @@ def conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     with device_of(x):
         geometry = (stride, padding, dilation)
         if is_fused(x, weight, groups):
-            return _fused_fwd_reduce(x, None, "identity", 0.0, weight, bias, *geometry, *stats)
+            return _fused_fwd_reduce(x, weight, bias, *geometry, *stats)
         z = reference.conv_forward(x, weight, bias, *geometry, groups)
         return z, *bn_fwd_reduce(z, *stats)
 
@@ -128,8 +128,7 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     with device_of(x):
         conv = (weight, bias, stride, padding, dilation)
         if is_fused(x, weight, groups):
-            given = (x, None, "identity", 0.0)
-            z, mean, _, rstd = _fused_fwd_reduce(*given, *conv, *rest[:5], with_m2=False)
+            z, mean, _, rstd = _fused_fwd_reduce(x, *conv, *rest[:5], with_m2=False)
             return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
         z = reference.conv_forward(x, *conv, groups)
         return z, *bn_fwd_reduce_apply(z, *rest)
@@ -157,13 +156,9 @@ def bn_fwd_apply_conv_fwd_reduce(
         return z, mean, rstd
 
 
-def _fused_fwd_reduce(
-    x, norm, act, slope, weight, bias, stride, padding, dilation, *stats, with_m2=True
-):
-    tracked = stats[2]
-    z, parts = launch_conv(
-        x, norm, act, slope, weight, bias, stride, padding, dilation, True, tracked
-    )
+def _fused_fwd_reduce(x, weight, bias, stride, padding, dilation, *stats, with_m2=True):
+    conv = (weight, bias, stride, padding, dilation)
+    z, parts = launch_conv(x, None, "identity", 0.0, *conv, True, stats[2])
     if parts is None:
         return z, *bn_fwd_reduce(z, *stats)
     return z, *finalise_moments(parts, *stats, with_m2)

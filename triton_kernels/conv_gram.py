@@ -25,7 +25,7 @@ from .activation import act_passes, act_value, masked, pack_bits, pre_activation
 from .bn_bwd import finalise_sums
 from .bn_fwd import bit_places, load_channels, load_norm, store_statistics, times
 from .conv_fwd import BLOCK_J, BLOCK_K, BLOCK_M, THREADS, packed_taps, precision
-from .launch import TRITON_DTYPES, device_of, three
+from .launch import TRITON_DTYPES, device_of, no_elements, three
 from .layout import MOST_SPLITS, PROGRAMS, WARPS, cdiv, empty_last
 
 # A split's partial moments are at most this part of what it reads.
@@ -370,8 +370,8 @@ def gram_of_weights_kernel(
 
 
 def split_pixels(pixels: int, block: int, programs: int, part: int, most: int) -> tuple[int, int]:
-    """(splits, tiles of each) of a sum over pixels in tiles of `block`; `programs` blocks of channels share each split, and a channel leaves `part`
-    sums per split. By the shape alone."""
+    """(splits, tiles of each) of a sum over pixels in tiles of `block`; `programs` blocks of channels share each split, and a channel
+    leaves `part` sums per split. By the shape alone."""
     tiles = cdiv(pixels, block)
     splits = max(1, min(most, PROGRAMS // programs, tiles, pixels // (PART_OF_READ * part)))
     per_split = cdiv(tiles, splits)
@@ -481,8 +481,9 @@ def bn_fwd_apply_conv_fwd_apply(
         y = empty_last(z, batch, out_channels, height, width)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        bit_bytes = pixels * cdiv(out_channels, 8) if want_bits else 0
-        bits = torch.empty(bit_bytes, dtype=torch.uint8, device=z.device)
+        bits = no_elements(z.device)
+        if want_bits:
+            bits = z.new_empty(pixels * cdiv(out_channels, 8), dtype=torch.uint8)
         conv_fwd_apply_kernel[(cdiv(out_channels, BLOCK_K), cdiv(pixels, BLOCK_M))](
             z,
             norm,
