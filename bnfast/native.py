@@ -5,6 +5,7 @@ the frozen weight in the form that is fastest, kept by `weights`. Signatures and
 """
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ BN_PHASES = (
     "bn_bwd_reduce_apply_",
 )
 
+# BNFAST_CHAIN=0: units one after the other, their BatchNorm phases outside of the convolutions. Read once.
+_chains = os.environ.get("BNFAST_CHAIN", "") != "0"
+
 _CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
 _STATS = (
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
@@ -59,7 +63,7 @@ def _pooled(kernel):
 @_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = weights.transformed(weight, "winograd", winograd.transformed_weight)
+        turned = _winograd_weight(weight)
         return torch.ops.bnfast.winograd_conv.default(x, turned, bias, weight.shape[0], padding)
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
@@ -104,6 +108,19 @@ def _runs_as_pointwise(x, weight, stride, padding, groups):
     )
 
 
+def _winograd_weight(weight):
+    return weights.transformed(weight, "winograd", winograd.transformed_weight)
+
+
+def _rotated_winograd_weight(weight):
+    """Of the data gradient: a convolution with the kernel rotated and its channels exchanged."""
+    return weights.transformed(
+        weight,
+        "winograd rotated",
+        lambda w: winograd.transformed_weight(w.flip(2, 3).transpose(0, 1)),
+    )
+
+
 def _pointwise_weight(weight):
     return weights.transformed(weight, "pointwise", pointwise.packed_weight)
 
@@ -120,14 +137,100 @@ def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats)
 
 
 def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *rest):
-    """The convolution, and the phases behind it in one call: a 1x1 convolution's pixels are reduced, or a plane is normalised,
-    while they are in the cache."""
-    if _is_eager(x) and _runs_as_pointwise(x, weight, stride, padding, groups):
-        return torch.ops.bnfast.pointwise_fwd_reduce_apply.default(
-            x, _pointwise_weight(weight), bias, weight.shape[0], *rest
-        )
-    z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    """The convolution, and the phases behind it: a convolution of our own is reduced piece by piece while it is in the cache, a
+    plane is normalised there."""
+    stats, affine = rest[:5], rest[5:]
+    conv = (x, weight, bias, stride, padding, dilation, groups)
+    if _joins(x, weight, stride, padding, dilation, groups):
+        z, mean, rstd = _conv_fwd_reduce_joined(None, "identity", 0.0, *conv, *stats)
+        return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *affine)
+    z = conv_forward(*conv)
     return z, *bn_fwd_reduce_apply(z, *rest)
+
+
+def fuses_chain(x, weight, stride, padding, dilation, groups):
+    """See reference.fuses_chain: float32 convolutions in channels_last that are ours in both directions. Captured graphs run unit by
+    unit."""
+    return _chains and _joins(x, weight, stride, padding, dilation, groups)
+
+
+def _joins(x, weight, stride, padding, dilation, groups):
+    return (
+        _is_eager(x)
+        and x.device.type == "cpu"
+        and _memory_format(x) == torch.channels_last
+        and (
+            _runs_as_pointwise(x, weight, stride, padding, groups)
+            or (
+                _runs_as_winograd(x, weight, stride, padding, dilation, groups)
+                and max(padding) <= 2
+            )
+        )
+    )
+
+
+_IDENTITY = (None, None, None, None, "identity", 0.0)
+
+
+def bn_fwd_apply_conv_fwd_reduce(
+    z, norm, act, slope, weight, bias, stride, padding, dilation, groups, *stats
+):
+    """See reference.bn_fwd_apply_conv_fwd_reduce: the input is made row by row, the output reduced piece by piece."""
+    conv = (weight, bias, stride, padding, dilation, groups)
+    if _joins(z, weight, stride, padding, dilation, groups):
+        return _conv_fwd_reduce_joined(norm, act, slope, z, *conv, *stats)
+    x = z if norm is None else bn_fwd_apply(z, *norm, None, act, slope, False)[0]
+    z, mean, _, rstd = conv_fwd_reduce(x, *conv, *stats)
+    return z, mean, rstd
+
+
+def _conv_fwd_reduce_joined(
+    norm, act, slope, x, weight, bias, stride, padding, dilation, groups, *stats
+):
+    norm = _IDENTITY if norm is None else (*norm, act, slope)
+    count = weight.shape[0]
+    if weight.shape[2] == 1:
+        packed = _pointwise_weight(weight)
+        return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
+    turned = _winograd_weight(weight)
+    return torch.ops.bnfast.winograd_fwd_reduce.default(
+        x, *norm, turned, bias, count, padding, *stats
+    )
+
+
+def bn_bwd_apply_conv_dgrad_reduce(
+    dy, above, above_act, above_slope, source, source_act, source_slope, weight, input_size, stride,
+    padding, dilation, groups, add, below, below_act, below_slope, beside,
+):  # fmt: skip
+    """See reference.bn_bwd_apply_conv_dgrad_reduce, for the convolutions of `fuses_chain`: dz is made row by row, dx taken up piece
+    by piece."""
+    state = (None,) * 7 if above is None else tuple(above)
+    under = (None,) * 6 if below is None else tuple(below)
+    by = (None,) * 3 if beside is None else tuple(beside)
+    rest = (add, *under, below_act, below_slope, *by)
+    channels = weight.shape[1]
+    if weight.shape[2] == 1:
+        packed = _transposed_pointwise_weight(weight)
+        dx, *sums = torch.ops.bnfast.pointwise_dgrad_reduce.default(
+            dy, *state, above_act, above_slope, packed, channels, *rest
+        )
+    else:
+        turned = _rotated_winograd_weight(weight)
+        margin = [2 - p for p in padding]
+        dx, *sums = torch.ops.bnfast.winograd_dgrad_reduce.default(
+            dy, *state, above_act, above_slope, turned, channels, margin, *rest
+        )
+    return (
+        dx,
+        None if below is None else tuple(sums[:2]),
+        None if beside is None else tuple(sums[2:]),
+    )
+
+
+def bn_fwd_apply_both(z, norm, residual_z, residual_norm, act, slope, want_bits):
+    """See reference.bn_fwd_apply_both."""
+    residual, _ = bn_fwd_apply(residual_z, *residual_norm, None, "identity", 0.0, False)
+    return bn_fwd_apply(z, *norm, residual, act, slope, want_bits)
 
 
 @_pooled
@@ -172,9 +275,7 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
     if layout == torch.channels_last and winograd.serves(
         dz, weight.shape[2:], weight.shape[1], ones, margin, dilation, groups, _capability
     ):
-        turned = weights.transformed(
-            weight, "winograd rotated", lambda w: winograd.transformed_weight(rotated(w))
-        )
+        turned = _rotated_winograd_weight(weight)
         return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
     if _runs_as_pointwise(dz, weight, ones, margin, groups):
         packed = _transposed_pointwise_weight(weight)
@@ -199,9 +300,25 @@ def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
     return dx
 
 
-fuses_chain = reference.fuses_chain
 fuses_gram = reference.fuses_gram
-max_pool, max_pool_backward = reference.max_pool, reference.max_pool_backward
+
+
+def max_pool(y, kernel, stride, padding):
+    """See reference.max_pool."""
+    if _is_eager(y) and _memory_format(y) == torch.channels_last:
+        return torch.ops.bnfast.max_pool.default(y, kernel, stride, padding)
+    return reference.max_pool(y, kernel, stride, padding)
+
+
+def max_pool_backward(dp, places, y, kernel, stride, padding):
+    """See reference.max_pool_backward."""
+    if _is_eager(dp) and _memory_format(y) == torch.channels_last:
+        return torch.ops.bnfast.max_pool_backward.default(
+            dp, places, y.shape[2:], kernel, stride, padding
+        )
+    return reference.max_pool_backward(dp, places, y, kernel, stride, padding)
+
+
 se_fwd = _pooled(reference.se_fwd)
 se_bwd_apply = _pooled(reference.se_bwd_apply)
 
@@ -331,15 +448,53 @@ def _fake_pointwise_conv(x, weights, bias, out_channels):
     )
 
 
-def _fake_pointwise_fwd_reduce_apply(x, weights, bias, out_channels, *rest):
-    z = _fake_pointwise_conv(x, weights, bias, out_channels)
-    return z, *_fake_bn_fwd_reduce_apply(z, *rest)
-
-
 def _fake_pointwise_bwd_reduce_apply_dgrad(dy, z, *args):
     *state, weights, in_channels = args
     dgamma, dbeta, _, dresidual = _fake_bn_bwd_reduce_apply(dy, z, *state)
     return dgamma, dbeta, _fake_pointwise_conv(z, weights, None, in_channels), dresidual
+
+
+def _fake_vectors(like, channels, count):
+    return tuple(like.new_empty(channels, dtype=torch.float32) for _ in range(count))
+
+
+def _fake_fwd_reduce(conv):
+    def fake(x, mean, rstd, gamma, beta, act, slope, weights, bias, out_channels, *rest):
+        z = conv(x, weights, bias, out_channels, *rest[:-5])
+        return z, *_fake_vectors(z, out_channels, 2)
+
+    return fake
+
+
+def _fake_dgrad_reduce(conv, geometry):
+    def fake(dy, *args):
+        weights, channels, *rest = args[9:]
+        dx = conv(dy, weights, None, channels, *rest[:geometry])
+        below = 0 if rest[geometry + 1] is None else channels
+        beside = 0 if rest[-3] is None else below
+        return dx, *_fake_vectors(dx, below, 2), *_fake_vectors(dx, beside, 2)
+
+    return fake
+
+
+def _fake_max_pool(y, kernel, stride, padding):
+    sizes = [
+        (size + 2 * p - k) // s + 1
+        for size, k, s, p in zip(y.shape[2:], kernel, stride, padding, strict=True)
+    ]
+    p = torch.empty(
+        (*y.shape[:2], *sizes), dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+    )
+    return p, torch.empty_like(p, dtype=torch.uint8)
+
+
+def _fake_max_pool_backward(dp, places, input_size, kernel, stride, padding):
+    return torch.empty(
+        (*dp.shape[:2], *input_size),
+        dtype=dp.dtype,
+        device=dp.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def _fake_winograd_conv(x, weights, bias, out_channels, padding):
@@ -408,9 +563,14 @@ if unavailable is None:
         ("conv_dgrad", _fake_conv_dgrad),
         ("depthwise_dgrad", _fake_depthwise_dgrad),
         ("pointwise_conv", _fake_pointwise_conv),
-        ("pointwise_fwd_reduce_apply", _fake_pointwise_fwd_reduce_apply),
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
+        ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv)),
+        ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_conv, 0)),
         ("winograd_conv", _fake_winograd_conv),
+        ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv)),
+        ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_conv, 1)),
+        ("max_pool", _fake_max_pool),
+        ("max_pool_backward", _fake_max_pool_backward),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),
         ("bn_fwd_apply", _fake_bn_fwd_apply),
         ("bn_fwd_reduce_apply", _fake_bn_fwd_reduce_apply),

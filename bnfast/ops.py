@@ -410,7 +410,6 @@ class _Forward:
             and math.prod(weight.shape[2:]) == 1
             and weight.shape[0] >= 2 * weight.shape[1] * spec.groups
             and spec.squeeze is None
-            and not self.joins[i]
             and spec.source in self.recomputable
         )
 
@@ -433,10 +432,10 @@ class _Forward:
             return None, mean, rstd, y, bits if want_bits else None
         if before is None and residual_norm is None and not waits:
             return phases.conv_fwd_reduce_apply(x, *conv, *stats, *affine)
-        if before is None:
-            z, mean, _, rstd = phases.conv_fwd_reduce(x, *conv, *stats)
-        else:
-            z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(x, *before, *conv, *stats)
+        norm, before_act, before_slope = before or (None, "identity", 0.0)
+        z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
+            x, norm, before_act, before_slope, *conv, *stats
+        )
         norm = Norm(mean, rstd, gamma, beta)
         if waits:
             self.waiting[i] = (norm, act, slope)
@@ -462,7 +461,9 @@ class _Fuses:
             answer = self.answers[i] = (
                 weight is not None
                 and spec.is_fusable
-                and self.phases.fuses_chain(x, weight, spec.groups)
+                and self.phases.fuses_chain(
+                    x, weight, spec.stride, spec.padding, spec.dilation, spec.groups
+                )
             )
         return answer
 
@@ -542,19 +543,22 @@ class _Backward:
                 at = next(squeezes)
                 squeeze = self.saved[at : at + 5]
             if self.wanted[i]:
-                if i in self.dropped:
-                    self.saved[8 * i + 3] = self.made_again(i, spec)
+                self.make_again(i)
                 self.unit(i, spec, squeeze)
             self.saved[8 * i : 8 * i + 8] = [None] * 8
         return self.flowing[-1], *self.grads
 
-    def made_again(self, i: int, spec: _Spec) -> Tensor:
-        """z of unit i from that of the unit before."""
+    def make_again(self, i: int) -> None:
+        """z of unit i, where it was not kept, from that of the unit before."""
+        if i not in self.dropped:
+            return
+        spec = self.specs[i]
         before = self.specs[spec.source]
         z, *norm = self.source(spec.source)
         x, _ = self.phases.bn_fwd_apply(z, *norm, None, before.act, before.slope, False)
-        conv = (self.saved[8 * i], self.dropped[i], spec.stride, spec.padding, spec.dilation)
-        return self.phases.conv_forward(x, *conv, spec.groups)
+        bias = self.dropped.pop(i)
+        conv = (self.saved[8 * i], bias, spec.stride, spec.padding, spec.dilation)
+        self.saved[8 * i + 3] = self.phases.conv_forward(x, *conv, spec.groups)
 
     def state(self, i: int) -> tuple:
         """(weight, gamma, beta, z, mean, rstd, bits, hidden residual) of unit i. Where it normalises and has no z, its mean is that
@@ -649,6 +653,7 @@ class _Backward:
         target = spec
         if k >= 0 and self.remaining[k] == 0:
             target = self.specs[k]
+            self.make_again(k)
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
             is_last = self.joins[k] if z is None else self.joins[k] or _is_last(z)
             if hidden is None and is_last and target.pool is None and target.has_own_statistics:

@@ -437,18 +437,19 @@ class Beside(NamedTuple):
     rstd: Tensor
 
 
-def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
+def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a convolution of x is one that this backend joins with the phases of the units before and behind it, by the three
     functions below; without it chains run unit by unit."""
     return False
 
 
 def bn_fwd_apply_conv_fwd_reduce(
-    z: Tensor, norm: Norm, act: str, slope: float, *args
+    z: Tensor, norm: Norm | None, act: str, slope: float, *args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bn_fwd_apply of the unit before, whose y is read by nobody else, and conv_fwd_reduce, whose arguments behind x are args:
-    (z, mean, rstd)."""
-    z, mean, _, rstd = conv_fwd_reduce(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *args)
+    """bn_fwd_apply of the unit before, whose y is read by nobody else, or nothing without norm, and conv_fwd_reduce, whose arguments
+    behind x are args: (z, mean, rstd)."""
+    x = z if norm is None else bn_fwd_apply(z, *norm, None, act, slope, False)[0]
+    z, mean, _, rstd = conv_fwd_reduce(x, *args)
     return z, mean, rstd
 
 
@@ -693,11 +694,8 @@ def max_pool(
     """
     pooled, index = torch.ops.aten.max_pool2d_with_indices(y, kernel, stride, padding)
     width = y.shape[3]
-    # Counted from the window's first pixel: row times width, plus column.
-    offset = index.to(torch.int32) - _windows(pooled, stride, padding, width)
-    place = offset.clone()
-    for row in range(1, kernel[0]):
-        place -= (offset >= row * width) * (width - kernel[1])
+    down, across = _windows(pooled, stride, padding)
+    place = (index // width - down) * kernel[1] + index % width - across
     return pooled, place.to(torch.uint8)
 
 
@@ -705,23 +703,22 @@ def max_pool_backward(
     dp: Tensor, places: Tensor, y: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     """dy of max_pool from dp; of y [N, C, H, W] only the shape, dtype and layout are asked for."""
-    width = y.shape[3]
-    rows = torch.arange(kernel[0], device=dp.device)[:, None] * width
-    offset = (rows + torch.arange(kernel[1], device=dp.device)).flatten()
-    index = offset[places.to(torch.int64)] + _windows(dp, stride, padding, width)
+    place = places.to(torch.int64)
+    down, across = _windows(dp, stride, padding)
+    index = (place // kernel[1] + down) * y.shape[3] + place % kernel[1] + across
     ones = [1, 1]
     return torch.ops.aten.max_pool2d_with_indices_backward(
         dp, y, kernel, stride, padding, ones, False, index
     )
 
 
-def _windows(pooled: Tensor, stride: list[int], padding: list[int], width: int) -> Tensor:
-    """[OH, OW]: the pixel with which each window begins, counted in rows of `width`; in the padding it may be below 0."""
+def _windows(pooled: Tensor, stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:
+    """[OH, 1] and [OW]: the row and the column in which each window begins; in the padding they are below 0."""
     down, across = (
-        torch.arange(size, device=pooled.device, dtype=torch.int32) * s - p
+        torch.arange(size, device=pooled.device) * s - p
         for size, s, p in zip(pooled.shape[2:], stride, padding, strict=True)
     )
-    return down[:, None] * width + across
+    return down[:, None], across
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -38,17 +38,37 @@ TORCH_LIBRARY(bnfast, m) {
       "-> Tensor");
   m.def(
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("max_pool(Tensor y, int[] kernel, int[] stride, int[] padding) -> (Tensor p, Tensor places)");
+  m.def(
+      "max_pool_backward(Tensor dp, Tensor places, SymInt[] input_size, int[] kernel, int[] stride, int[] padding) -> Tensor");
   m.def("pointwise_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
   m.def(
-      "pointwise_fwd_reduce_apply(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? gamma, Tensor? beta, "
-      "Tensor? residual, str act, float slope, bool want_bits) "
-      "-> (Tensor z, Tensor mean, Tensor rstd, Tensor y, Tensor bits)");
+      "pointwise_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
+      "Tensor weights, Tensor? bias, SymInt out_channels, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
       "pointwise_bwd_reduce_apply_dgrad(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, "
       "Tensor? residual, Tensor? bits, str act, float slope, bool want_dresidual, Tensor weights, SymInt in_channels) "
       "-> (Tensor dgamma, Tensor dbeta, Tensor dx, Tensor dresidual)");
+  m.def(
+      "pointwise_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
+      "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, "
+      "Tensor? add, Tensor? z_below, Tensor? bits, "
+      "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
+      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
+      "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
   m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
+  m.def(
+      "winograd_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
+      "Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
+  m.def(
+      "winograd_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
+      "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, int[] margin, "
+      "Tensor? add, Tensor? z_below, Tensor? bits, "
+      "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
+      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
+      "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
 }
 
 #ifdef BNFAST_CUDA_ARCHITECTURES

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
 VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
+MAX_POOL = "csrc/cpu/max_pool_kernels.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
@@ -51,6 +52,8 @@ TESTS = (
     "tests/test_squeeze.py",
     "tests/test_winograd.py",
     "tests/test_pointwise.py",
+    "tests/test_joined.py",
+    "tests/test_max_pool.py",
 )
 TRITON_TESTS = (
     "tests/test_gram.py",
@@ -515,8 +518,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd: tiles at the right edge read the next row",
         WINOGRAD,
-        "h + i < d.height && w + j >= 0 && w + j < d.width",
-        "h + i < d.height && w + j >= 0",
+        "lines[i] && w + j >= 0 && w + j < d.width",
+        "lines[i] && w + j >= 0",
     ),
     Mutation(
         "conv_fwd_reduce",
@@ -557,15 +560,15 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "pointwise: the partial row is reduced before it is written",
         OPERATORS,
-        "if (produce) (*produce)(units.span(last).begin / l.channels, l.count());",
+        "if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count());",
         "",
     ),
     Mutation(
         "conv_dgrad",
-        "pointwise: dz of the first chunk for all",
+        "pointwise: dz of the first pixels for all",
         POINTWISE_OPERATORS,
-        "dz.write(from, to, part);",
-        "dz.write(begin, begin + to - from, part);",
+        "source_.write_from(from, to, channels_, to_);",
+        "source_.write_from(0, to - from, channels_, to_);",
     ),
     Mutation(
         "conv_dgrad",
@@ -578,8 +581,85 @@ MUTATIONS = [
         "conv_dgrad",
         "winograd: kernel not rotated",
         NATIVE,
-        "winograd.transformed_weight(rotated(w))",
+        "winograd.transformed_weight(w.flip(2, 3).transpose(0, 1))",
         "winograd.transformed_weight(w.transpose(0, 1))",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: rows that are made are taken for those of the image before",
+        WINOGRAD,
+        "if (image != image_) image_ = image, next_ = 0;",
+        "image_ = image;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: one place too few for the rows that are made",
+        WINOGRAD,
+        "made_ + r % kWinogradReach * length",
+        "made_ + r % (kWinogradReach - 1) * length",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: pixels made from the group's beginning go to the piece's",
+        "csrc/cpu/pixels.h",
+        "write(begin - before, end, to - before * channels);",
+        "write(begin - before, end, to);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: units reduced before they are written",
+        "csrc/cpu/conv_winograd.cpp",
+        "if (!at_once) conv.unit(unit); }, running_mean",
+        "if (!at_once && unit) conv.unit(unit - 1); }, running_mean",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: what else flows in is forgotten",
+        KERNELS,
+        "if constexpr (has_add) given = given + load(more + e + j, lanes);",
+        "",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: db is not written",
+        KERNELS,
+        "if constexpr (has_bits) store(dy + e + j, db, lanes);",
+        "if constexpr (has_bits) store(dy + e + j, given, lanes);",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: sums begin with what memory held",
+        OPERATORS,
+        "if (first == begin(unit)) std::fill",
+        "if (first < begin(unit)) std::fill",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: the unit beside is centred by the unit's mean",
+        KERNELS,
+        "load(mean_beside + j, lanes)",
+        "channel.mean.at(j, lanes)",
+    ),
+    Mutation(
+        "max_pool",
+        "of equal values the last",
+        MAX_POOL,
+        "(value > best) | !(value == value)",
+        "(value >= best) | !(value == value)",
+    ),
+    Mutation(
+        "max_pool",
+        "a NaN loses",
+        MAX_POOL,
+        "(value > best) | !(value == value)",
+        "value > best",
+    ),
+    Mutation(
+        "max_pool",
+        "backward: the last window forgotten",
+        MAX_POOL,
+        "std::min(d.out_width, w / d.stride_width + 1)",
+        "std::min(d.out_width, w / d.stride_width)",
     ),
     Mutation(
         "conv_dgrad",

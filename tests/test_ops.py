@@ -3,6 +3,7 @@
 import gc
 import inspect
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -214,32 +215,22 @@ def operator_inputs(name: str):
     layouts = ("contiguous", "channels_last", "slice", "transposed")
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
     acts = itertools.cycle(reference.ACTS)
-    if name == "winograd_conv":
-        for channels, out, padding in ((20, 18, [1, 1]), (3, 32, [0, 2])):
-            weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3))
-            x = torch.randn(2, channels, 9, 7).contiguous(memory_format=torch.channels_last)
-            yield (x, weights, torch.randn(out), out, padding)
-            yield (x, weights, None, out, padding)
+    if name.startswith("winograd_") or (name.startswith("pointwise_") and "apply" not in name):
+        yield from convolution_inputs(name, acts)
         return
-    if name.startswith("pointwise_"):
+    if name == "pointwise_bwd_reduce_apply_dgrad":
         for (channels, out), act in zip(((20, 18), (3, 32)), acts, strict=False):
-            frozen = torch.randn(out, channels, 1, 1)
-            x, z, dy = (
-                torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last)
-                for c in (channels, out, out)
-            )
+            turned = pointwise.packed_weight(torch.randn(out, channels, 1, 1).transpose(0, 1))
+            z, dy = last(2, out, 5, 7), last(2, out, 5, 7)
             vectors = tuple(torch.rand(4, out) + 0.5)  # mean, rstd, gamma, beta
-            if name == "pointwise_bwd_reduce_apply_dgrad":
-                turned = pointwise.packed_weight(frozen.transpose(0, 1))
-                for want in (False, True):
-                    yield (dy, z, *vectors, None, None, act, 0.01, want, turned, channels)
-                continue
-            conv = (x, pointwise.packed_weight(frozen), torch.randn(out), out)
-            if name == "pointwise_conv":
-                yield conv
-                continue
-            tail = (0.1, 1e-5, *vectors[2:], dy, act, 0.01, act in reference.BIT_ACTS)
-            yield (*conv, *statistics(out, torch.float32), *tail)
+            for want in (False, True):
+                yield (dy, z, *vectors, None, None, act, 0.01, want, turned, channels)
+        return
+    if name.startswith("max_pool"):
+        for window in (((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 3), (0, 1))):
+            y = last(2, 19, 8, 9)
+            p, places = reference.max_pool(y, *window)
+            yield (y, *window) if name == "max_pool" else (p, places, y.shape[2:], *window)
         return
     if name == "depthwise_dgrad":
         for kernel, dtype in zip((1, 3, 5), dtypes, strict=False):
@@ -310,6 +301,54 @@ def operator_inputs(name: str):
             raise AssertionError(f"no inputs are known for the new operator bnfast::{name}")
 
 
+def last(*size: int) -> Tensor:
+    return torch.randn(size).contiguous(memory_format=torch.channels_last)
+
+
+def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
+    """Of the convolutions of our own, alone and with the phases in front of them and behind them."""
+    for (channels, out, padding), act in zip(
+        ((20, 18, [1, 1]), (3, 32, [0, 2])), acts, strict=False
+    ):
+        if name.startswith("winograd_"):
+            weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3))
+        else:
+            weights, padding = pointwise.packed_weight(torch.randn(out, channels, 1, 1)), None
+        x = last(2, channels, 9, 7)
+        geometry = () if padding is None else (padding,)
+        sizes = [9 + 2 * padding[0] - 2, 7 + 2 * padding[1] - 2] if geometry else [9, 7]
+        vectors = tuple(torch.rand(4, channels) + 0.5)  # mean, rstd, gamma, beta
+        if name.endswith("_conv"):
+            yield (x, weights, torch.randn(out), out, *geometry)
+            yield (x, weights, None, out, *geometry)
+        elif name.endswith("_fwd_reduce"):
+            stats = (*statistics(out, torch.float32), 0.1, 1e-5)
+            yield (x, *vectors, act, 0.01, weights, None, out, *geometry, *stats)
+            yield (
+                x,
+                None,
+                None,
+                None,
+                None,
+                "identity",
+                0.0,
+                weights,
+                None,
+                out,
+                *geometry,
+                *stats,
+            )
+        else:
+            below = (last(2, out, *sizes), None, *torch.rand(4, out), act, 0.01)
+            beside = (last(2, out, *sizes), *torch.rand(2, out))
+            above = (last(2, channels, 9, 7), *vectors, *torch.rand(2, channels), act, 0.01)
+            conv = (weights, out, *geometry)
+            nothing = (None,) * 7
+            yield (x, *above, *conv, last(2, out, *sizes), *below, *beside)
+            yield (x, *nothing, "identity", 0.0, *conv, None, *below, None, None, None)
+            yield (x, *above, *conv, None, *nothing[:6], "identity", 0.0, None, None, None)
+
+
 def statistics(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     acc = reference.accumulator(dtype)
     return torch.zeros(channels, dtype=acc), torch.ones(channels, dtype=acc), torch.tensor(3)
@@ -346,12 +385,13 @@ def test_operators_are_the_phases():
         "bn_bwd_apply",
         "conv_dgrad",
     } <= phases
-    # A few small PyTorch operations, and two operators one after the other.
+    # A few small PyTorch operations, and operators one after the other or by the kind of convolution.
     no_operators = {
+        "bn_fwd_apply_both",
+        "bn_fwd_apply_conv_fwd_reduce",
+        "bn_bwd_apply_conv_dgrad_reduce",
         "se_fwd",
         "se_bwd_apply",
-        "max_pool",
-        "max_pool_backward",
         "conv_fwd_reduce_apply",
         "bn_bwd_reduce_apply_dgrad",
     }
@@ -852,12 +892,16 @@ def storages(tensors) -> dict[int, int]:
 def record_convolutions(module, monkeypatch) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists that will hold the inputs and the outputs of all convolutions of a backend's forward phases."""
     inputs, outputs = [], []
-    for name in ("conv_forward", "conv_fwd_reduce", "conv_fwd_reduce_apply"):
+    names = ["conv_forward", "conv_fwd_reduce", "conv_fwd_reduce_apply"]
+    if hasattr(module, "bn_fwd_apply_conv_fwd_reduce"):
+        names.append("bn_fwd_apply_conv_fwd_reduce")
+    for name in names:
         original = getattr(module, name)
 
         def recorded(x, *args, original=original):
             out = original(x, *args)
-            inputs.append(x)
+            if not isinstance(args[0], reference.Norm):  # else x is a z, and the input never exists
+                inputs.append(x)
             outputs.append(out if isinstance(out, Tensor) else out[0])
             return out
 

@@ -164,8 +164,8 @@ def check_phases_around_it(
 
 def test_the_chain_takes_the_fused_phases(everywhere, monkeypatch):
     """One product forward and one backward, and no bn_bwd_apply beside them."""
-    forward = recorded(monkeypatch, "pointwise_fwd_reduce_apply")
-    backward = recorded(monkeypatch, "pointwise_bwd_reduce_apply_dgrad")
+    forward = recorded(monkeypatch, "pointwise_fwd_reduce")
+    backward = recorded(monkeypatch, "pointwise_dgrad_reduce")
     unit = bnfast.nn.FrozenConvBNAct2d(6, 20, 1, act="relu6")
     x = channels_last(2, 6, 5, 4).requires_grad_()
     y = unit(x)

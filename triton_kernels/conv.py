@@ -88,7 +88,7 @@ def _is_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
-def fuses_chain(x: Tensor, weight: Tensor, groups: int) -> bool:
+def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """See reference.fuses_chain. Dynamo takes no tuples for a kernel, and the chain's kernels take some."""
     return is_fused(x, weight, groups) and not torch.compiler.is_compiling()
 
@@ -100,7 +100,7 @@ def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
         and tuple(weight.shape[2:]) == tuple(stride) == (1, 1)
         and not any(padding)
         and weight.shape[0] >= 2 * weight.shape[1]
-        and fuses_chain(x, weight, groups)
+        and fuses_chain(x, weight, stride, padding, (1, 1), groups)
     )
 
 

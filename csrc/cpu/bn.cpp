@@ -160,14 +160,20 @@ const BnKernels& kernels_for(const Tensor& z) { return cpu_capability().bn[stati
 
 // Rows of a reduction, in units of whole rows, with the last partial row (if any) as a unit of its own.
 struct RowUnits {
-  int64_t length, whole, tail, rows_per_unit, units;
+  int64_t length, tail;
+  std::vector<int64_t> borders;   // elements
 
-  explicit RowUnits(const Layout& l)
-      : length(l.length),
-        whole(l.whole_rows()),
-        tail(l.numel() % l.length),
-        rows_per_unit(std::max<int64_t>(1, ceil_div(whole, balanced(ceil_div(whole * length, kUnit))))),
-        units(ceil_div(whole, rows_per_unit) + (tail ? 1 : 0)) {}
+  explicit RowUnits(const Layout& l) : length(l.length), tail(l.numel() % l.length), borders{0} {
+    const int64_t whole = l.whole_rows(), wanted = balanced(ceil_div(whole * length, kUnit));
+    const int64_t rows_per_unit = std::max<int64_t>(1, ceil_div(whole, wanted));
+    for (int64_t row = 0; row < whole; row += rows_per_unit) borders.push_back(std::min(whole, row + rows_per_unit) * length);
+    if (tail) borders.push_back(l.numel());
+  }
+
+  // The units of a convolution, none of which ends with a partial row.
+  RowUnits(const Layout& l, const PixelUnits& pixels) : length(pixels.group * l.channels), tail(0) {
+    for (const int64_t border : pixels.borders) borders.push_back(border * l.channels);
+  }
 
   // A number of units that is shared out evenly among a usual number of threads.
   static int64_t balanced(int64_t units) {
@@ -175,17 +181,13 @@ struct RowUnits {
     return units <= 4 ? 4 : std::min(kMaxUnits, ceil_div(units, 8) * 8);
   }
 
-  bool is_tail(int64_t u) const { return tail && u == units - 1; }
-  RowSpan span(int64_t u) const {
-    if (is_tail(u)) return {length, whole * length, whole * length + tail};
-    const int64_t first = u * rows_per_unit;
-    return {length, first * length, std::min(whole, first + rows_per_unit) * length};
-  }
+  int64_t units() const { return static_cast<int64_t>(borders.size()) - 1; }
+  bool is_tail(int64_t u) const { return tail && u == units() - 1; }
+  RowSpan span(int64_t u) const { return {length, borders[u], borders[u + 1]}; }
   // Values behind place j of unit u's partial result.
   int64_t count(int64_t u, int64_t j) const {
     if (is_tail(u)) return j < tail ? 1 : 0;
-    const RowSpan s = span(u);
-    return (s.end - s.begin) / length;
+    return (borders[u + 1] - borders[u]) / length;
   }
 };
 
@@ -288,27 +290,29 @@ struct Partials {
   template <class A> A* second_row(int64_t u) { return second.mutable_data_ptr<A>() + u * second.size(1); }
 };
 
-// Calls merge(first, second, n, channel) for each partial result of these channels (all of them where z is rows), in a fixed order.
+// Calls merge(first, second, n, channel) for each partial result of rows, in a fixed order.
 template <class A, class F>
-void for_partials(const Layout& l, const Partials& partials, Channels channels, F merge) {
+void for_partials(const Layout& l, const RowUnits& units, const Partials& partials, F merge) {
   const A* first = partials.first.const_data_ptr<A>();
   const A* second = partials.second.const_data_ptr<A>();
-  if (l.rows) {
-    const RowUnits units(l);
-    for (int64_t u = 0; u < units.units; ++u) {
-      for (int64_t j = 0, c = 0, i = 0; j < l.length; ++j) {
-        const int64_t n = units.count(u, j);
-        if (n) merge(first[u * l.length + j], second[u * l.length + j], n, c);
-        if (++i == l.inner) i = 0, c = c + 1 == l.channels ? 0 : c + 1;
-      }
+  for (int64_t u = 0; u < units.units(); ++u) {
+    for (int64_t j = 0, c = 0, i = 0; j < units.length; ++j) {
+      const int64_t n = units.count(u, j);
+      if (n) merge(first[u * units.length + j], second[u * units.length + j], n, c);
+      if (++i == l.inner) i = 0, c = c + 1 == l.channels ? 0 : c + 1;
     }
-  } else {
-    const PlaneUnits units(l);
-    for (int64_t slice = 0; slice < units.slices; ++slice) {
-      const int64_t n = units.count(slice);
-      for (int64_t c = channels.begin; c < channels.end; ++c) {
-        merge(first[slice * l.channels + c], second[slice * l.channels + c], n, c);
-      }
+  }
+}
+
+// ... of these channels' planes.
+template <class A, class F>
+void for_partials(const PlaneUnits& units, const Partials& partials, Channels channels, F merge) {
+  const A* first = partials.first.const_data_ptr<A>();
+  const A* second = partials.second.const_data_ptr<A>();
+  for (int64_t slice = 0; slice < units.slices; ++slice) {
+    const int64_t n = units.count(slice);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      merge(first[slice * units.channels + c], second[slice * units.channels + c], n, c);
     }
   }
 }
@@ -332,12 +336,13 @@ struct Statistics {
 
   // The moments from the partial results (n_i, mean_i, M2_i) by Chan's formula for all of them at once:
   //   mean = sum(n_i mean_i) / n,  M2 = sum(M2_i + n_i (mean_i - mean)^2).
-  void merge(const Layout& l, const Partials& partials, Channels channels) {
+  // `partials` calls a function for each partial result of these channels: for_partials<double>.
+  template <class F>
+  void merge(Channels channels, F partials) {
     const double one_over_count = 1.0 / count;
-    for_partials<double>(l, partials, channels,
-                         [&](double part_mean, double, int64_t n, int64_t c) { mean[c] += n * part_mean; });
+    partials([&](double part_mean, double, int64_t n, int64_t c) { mean[c] += n * part_mean; });
     for (int64_t c = channels.begin; c < channels.end; ++c) mean[c] *= one_over_count;
-    for_partials<double>(l, partials, channels, [&](double part_mean, double part_m2, int64_t n, int64_t c) {
+    partials([&](double part_mean, double part_m2, int64_t n, int64_t c) {
       const double d = part_mean - mean[c];
       m2[c] += part_m2 + n * d * d;
     });
@@ -383,45 +388,53 @@ struct Statistics {
   }
 };
 
-// The statistics of z, which is dense. produce, where given, writes the pixels [begin, end) of z before they are read.
-Statistics reduce(const Tensor& z, const Layout& l, double eps,
-                  const c10::function_ref<void(int64_t begin, int64_t end)>* produce = nullptr) {
+using Produce = c10::function_ref<void(int64_t unit, int64_t begin, int64_t end)>;
+
+// The statistics of rows. produce, where given, writes the pixels [begin, end) of z, those of a unit, before they are read.
+void reduce_rows(Statistics& found, const Tensor& z, const Layout& l, const RowUnits& units, const Produce* produce) {
   const BnKernels& kernels = kernels_for(z);
-  Statistics result(z, l, eps);
-  const Channels all = {0, l.channels};
-  if (l.numel() > 0) {
-    BnTensors t;
-    t.z = z.const_data_ptr();
-    if (l.rows) {
-      const RowUnits units(l);
-      Partials partials(units.units, l.length, at::kDouble);
-      for_units(units.units - (units.tail ? 1 : 0), [&](int64_t u) {
-        const RowSpan span = units.span(u);
-        if (produce) (*produce)(span.begin / l.channels, span.end / l.channels);
-        std::vector<double> scratch(3 * l.length);
-        kernels.fwd_reduce_rows(t, span, partials.first_row<double>(u), partials.second_row<double>(u), scratch.data());
-      });
-      if (units.tail) {
-        // One value per place: the value is the mean, and M2 is 0.
-        const int64_t last = units.units - 1, begin = z.storage_offset() + units.span(last).begin;
-        if (produce) (*produce)(units.span(last).begin / l.channels, l.count());
-        partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
-        partials.second[last].zero_();
-      }
-      result.merge(l, partials, all);
-    } else {
-      const PlaneUnits units(l);
-      Partials partials(units.slices, l.channels, at::kDouble);
-      for_units(units.units(), [&](int64_t u) {
-        const int64_t slice = units.slice(u);
-        kernels.fwd_reduce_planes(t, units.span(u), partials.first_row<double>(slice), partials.second_row<double>(slice));
-      });
-      result.merge(l, partials, all);
-    }
+  BnTensors t;
+  t.z = z.const_data_ptr();
+  Partials partials(units.units(), units.length, at::kDouble);
+  for_units(units.units() - (units.tail ? 1 : 0), [&](int64_t u) {
+    const RowSpan span = units.span(u);
+    if (produce) (*produce)(u, span.begin / l.channels, span.end / l.channels);
+    std::vector<double> scratch(3 * units.length);
+    kernels.fwd_reduce_rows(t, span, partials.first_row<double>(u), partials.second_row<double>(u), scratch.data());
+  });
+  if (units.tail) {
+    // One value per place: the value is the mean, and M2 is 0.
+    const int64_t last = units.units() - 1, begin = z.storage_offset() + units.span(last).begin;
+    if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count());
+    partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
+    partials.second[last].zero_();
   }
-  if (accumulator(z) == at::kDouble) result.write<double>(all);
-  else result.write<float>(all);
-  return result;
+  found.merge({0, l.channels}, [&](auto merge) { for_partials<double>(l, units, partials, merge); });
+}
+
+void reduce_planes(Statistics& found, const Tensor& z, const Layout& l) {
+  const BnKernels& kernels = kernels_for(z);
+  BnTensors t;
+  t.z = z.const_data_ptr();
+  const PlaneUnits units(l);
+  Partials partials(units.slices, l.channels, at::kDouble);
+  for_units(units.units(), [&](int64_t u) {
+    const int64_t slice = units.slice(u);
+    kernels.fwd_reduce_planes(t, units.span(u), partials.first_row<double>(slice), partials.second_row<double>(slice));
+  });
+  const Channels all = {0, l.channels};
+  found.merge(all, [&](auto merge) { for_partials<double>(units, partials, all, merge); });
+}
+
+// The statistics of z, which is dense.
+Statistics reduce(const Tensor& z, const Layout& l, double eps) {
+  Statistics found(z, l, eps);
+  if (l.numel() > 0 && l.rows) reduce_rows(found, z, l, RowUnits(l), nullptr);
+  else if (l.numel() > 0) reduce_planes(found, z, l);
+  const Channels all = {0, l.channels};
+  if (accumulator(z) == at::kDouble) found.write<double>(all);
+  else found.write<float>(all);
+  return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_fwd_reduce(const Tensor& z_in, OptionalTensor running_mean, OptionalTensor running_var,
@@ -492,7 +505,7 @@ Statistics reduce_and_apply(Forward& f, double eps, const OptionalTensor& gamma,
       kernels.fwd_reduce_planes(f.tensors, blocks.part(block, units.span(slice * units.channel_units)), first + slice * l.channels,
                                 second + slice * l.channels);
     }
-    found.merge(l, partials, channels);
+    found.merge(channels, [&](auto merge) { for_partials<double>(units, partials, channels, merge); });
     found.write<A>(channels);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       mean[c] = static_cast<A>(found.mean[c]);
@@ -531,20 +544,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_reduce_apply(const Tensor& z, 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fwd_behind(const Tensor& z, c10::function_ref<void(int64_t begin, int64_t end)> produce,
-                                                         OptionalTensor running_mean, OptionalTensor running_var,
-                                                         OptionalTensor num_batches_tracked, std::optional<double> momentum,
-                                                         double eps, OptionalTensor gamma, OptionalTensor beta,
-                                                         OptionalTensor residual, c10::string_view act, double slope,
-                                                         bool want_bits) {
+std::tuple<Tensor, Tensor> bn_fwd_reduce_behind(const Tensor& z, const PixelUnits* units, Produce produce, OptionalTensor running_mean,
+                                                OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                                std::optional<double> momentum, double eps) {
   check_running(z, running_mean, running_var, num_batches_tracked, momentum);
-  Forward f(z, residual, want_bits);
-  const bool by_pixels = f.layout.rows && f.layout.inner == 1;
-  if (!by_pixels && z.numel() > 0) produce(0, f.layout.count());
-  const Statistics found = reduce(f.z, f.layout, eps, by_pixels ? &produce : nullptr);
-  f.apply(found.mean_out, found.rstd_out, gamma, beta, act, slope);
+  const Layout l = layout_of(z);
+  Statistics found(z, l, eps);
+  const bool by_pixels = l.rows && l.inner == 1;
+  if (!by_pixels && l.numel() > 0) produce(0, 0, l.count());
+  if (by_pixels && l.numel() > 0) reduce_rows(found, z, l, units ? RowUnits(l, *units) : RowUnits(l), &produce);
+  else if (l.numel() > 0) l.rows ? reduce_rows(found, z, l, RowUnits(l), nullptr) : reduce_planes(found, z, l);
+  found.write<float>({0, l.channels});
   found.update_running(running_mean, running_var, num_batches_tracked, momentum);
-  return {found.mean_out, found.rstd_out, f.y, f.bits};
+  return {found.mean_out, found.rstd_out};
+}
+
+// float32 pixels in channels_last, which is what z must be in.
+Layout pixel_layout(const Tensor& z) {
+  const Layout l = layout_of(z);
+  TORCH_CHECK(z.scalar_type() == at::kFloat && l.rows && l.inner == 1, "bnfast: z is ", z.scalar_type(), " ", z.sizes(),
+              " of strides ", z.strides(), "; float32 in channels_last is needed");
+  return l;
+}
+
+// A kernel writes element e to out + e; here element `begin` goes to `to`.
+void* shifted(float* to, int64_t begin) { return reinterpret_cast<char*>(to) - begin * static_cast<int64_t>(sizeof(float)); }
+
+struct Normalised::State {
+  Tensor z, parameters;
+  Layout layout;
+  BnTensors tensors;
+  const BnKernels& kernels;
+};
+
+Normalised::Normalised(const Tensor& z_in, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
+                       const OptionalTensor& beta, c10::string_view act, double slope) {
+  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
+  state_.reset(new State{z, {}, pixel_layout(z), {}, kernels_for(z)});
+  set_arguments(state_->tensors, state_->parameters, z, state_->layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt, Tensor(),
+                act, slope);
+}
+Normalised::~Normalised() = default;
+int64_t Normalised::granularity() const { return state_->layout.length / state_->layout.channels; }
+void Normalised::write(int64_t begin, int64_t end, float* to) const {
+  const int64_t channels = state_->layout.channels;
+  BnTensors t = state_->tensors;
+  t.out = shifted(to, begin * channels);
+  state_->kernels.fwd_apply_rows(t, {state_->layout.length, begin * channels, end * channels});
+}
+const float* Normalised::reads(int64_t begin) const {
+  return static_cast<const float*>(state_->tensors.z) + begin * state_->layout.channels;
 }
 
 namespace {
@@ -594,11 +643,9 @@ struct Sums {
         dbeta(at::empty_like(dgamma)),
         rstd(rstd) {}
 
-  void merge(const Layout& l, const Partials& partials, Channels channels) {
-    for_partials<A>(l, partials, channels, [&](double part_db, double part_db_z, int64_t, int64_t c) {
-      db[c] += part_db;
-      db_z[c] += part_db_z;
-    });
+  void add(double part_db, double part_db_z, int64_t c) {
+    db[c] += part_db;
+    db_z[c] += part_db_z;
   }
 
   void write(Channels channels) {
@@ -618,12 +665,12 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
   const Channels all = {0, l.channels};
   if (l.numel() > 0 && l.rows) {
     const RowUnits units(l);
-    Partials partials(units.units, l.length, c10::CppTypeToScalarType<A>::value);
+    Partials partials(units.units(), l.length, c10::CppTypeToScalarType<A>::value);
     A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
-    for_units(units.units, [&](int64_t u) {
+    for_units(units.units(), [&](int64_t u) {
       kernels.bwd_reduce_rows(b.tensors, units.span(u), first + u * l.length, second + u * l.length);
     });
-    sums.merge(l, partials, all);
+    for_partials<A>(l, units, partials, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
   } else if (l.numel() > 0) {
     const PlaneUnits units(l);
     Partials partials(units.slices, l.channels, c10::CppTypeToScalarType<A>::value);
@@ -632,7 +679,7 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
       const int64_t at = units.slice(u) * l.channels;
       kernels.bwd_reduce_planes(b.tensors, units.span(u), first + at, second + at);
     });
-    sums.merge(l, partials, all);
+    for_partials<A>(units, partials, all, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
   }
   sums.write(all);
   return {sums.dgamma, sums.dbeta};
@@ -709,7 +756,7 @@ std::tuple<Tensor, Tensor> reduce_and_apply(Backward& b, const Tensor& rstd) {
       kernels.bwd_reduce_planes(b.tensors, blocks.part(block, units.span(slice * units.channel_units)), first + slice * l.channels,
                                 second + slice * l.channels);
     }
-    sums.merge(l, partials, channels);
+    for_partials<A>(units, partials, channels, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
     sums.write(channels);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       shift_db[c] = shifts.db(c);
@@ -768,22 +815,24 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_reduce_apply_(Tensor& dy, const Tensor
   return result;
 }
 
-// Pixels of dz, in the order in which they lie in memory.
-class Rows final : public DzRows {
+// Pixels of dz, and their dresidual where it is wanted, in the order in which they lie in memory.
+class DzRows final : public PixelSource {
  public:
-  explicit Rows(const Backward& b) : b_(b), kernel_(kernels_for(b.z).bwd_apply_rows) {}
+  explicit DzRows(const Backward& b) : b_(b), kernel_(kernels_for(b.z).bwd_apply_rows) {}
   int64_t granularity() const override { return b_.layout.length / b_.layout.channels; }
   void write(int64_t begin, int64_t end, float* to) const override {
     BnTensors t = b_.tensors;
     const RowSpan span = {b_.layout.length, begin * b_.layout.channels, end * b_.layout.channels};
-    // The kernel writes element e to out + e.
-    t.out = reinterpret_cast<char*>(to) - span.begin * static_cast<int64_t>(sizeof(float));
+    t.out = shifted(to, span.begin);
     kernel_(t, span);
   }
-  const float* dy(int64_t begin) const override { return static_cast<const float*>(b_.tensors.dy) + begin * b_.layout.channels; }
-  const float* z(int64_t begin) const override { return static_cast<const float*>(b_.tensors.z) + begin * b_.layout.channels; }
+  const float* reads(int64_t begin) const override { return at(b_.tensors.dy, begin); }
+  const float* reads_too(int64_t begin) const override { return at(b_.tensors.z, begin); }
 
  private:
+  const float* at(const void* tensor, int64_t begin) const {
+    return static_cast<const float*>(tensor) + begin * b_.layout.channels;
+  }
   const Backward& b_;
   void (*kernel_)(const BnTensors&, RowSpan);
 };
@@ -793,15 +842,125 @@ class Rows final : public DzRows {
 std::tuple<Tensor, Tensor, Tensor> bn_bwd_before(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
                                                  OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual,
                                                  OptionalTensor bits, c10::string_view act, double slope, bool want_dresidual,
-                                                 c10::function_ref<void(const DzRows&)> consume) {
+                                                 c10::function_ref<void(const PixelSource&)> consume) {
+  pixel_layout(z);
   Backward b(dy, z, mean, rstd, gamma, beta, residual, bits, std::nullopt, std::nullopt, act, slope);
-  TORCH_CHECK(z.scalar_type() == at::kFloat && b.layout.rows && b.layout.inner == 1, "bnfast: z is ", z.scalar_type(), " ",
-              z.sizes(), " of strides ", z.strides(), "; float32 in channels_last is needed");
   auto [dgamma, dbeta] = reduce_and_set_shifts<float>(b, rstd);
   Tensor dresidual = want_dresidual ? at::empty_like(b.z) : at::empty({0}, b.z.options());
   b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  consume(Rows(b));
+  consume(DzRows(b));
   return {dgamma, dbeta, dresidual};
+}
+
+struct Dz::State {
+  Backward backward;
+  DzRows rows;
+  explicit State(Backward&& b) : backward(std::move(b)), rows(backward) {}
+};
+
+Dz::Dz(const Tensor& dy, const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+       const OptionalTensor& beta, const Tensor& dgamma, const Tensor& dbeta, c10::string_view act, double slope) {
+  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
+  pixel_layout(z);
+  state_.reset(new State(Backward(dy, z, mean, rstd, gamma, beta, std::nullopt, std::nullopt, dgamma, dbeta, act, slope)));
+}
+Dz::~Dz() = default;
+int64_t Dz::granularity() const { return state_->rows.granularity(); }
+void Dz::write(int64_t begin, int64_t end, float* to) const { state_->rows.write(begin, end, to); }
+const float* Dz::reads(int64_t begin) const { return state_->rows.reads(begin); }
+const float* Dz::reads_too(int64_t begin) const { return state_->rows.reads_too(begin); }
+
+struct BehindDgrad::State {
+  Tensor dx, add, z, z_beside, parameters, mean_beside, rstd_below, rstd_beside, partials;
+  Layout layout;
+  RowUnits units;
+  BnTensors tensors;
+  const BnKernels& kernels;
+
+  float* part(int64_t unit) const { return partials.mutable_data_ptr<float>() + unit * 3 * units.length; }
+};
+
+BehindDgrad::BehindDgrad(Tensor& dx, const OptionalTensor& add, const BelowUnit& below, const PixelUnits* units) {
+  const Layout l = pixel_layout(dx);
+  state_.reset(new State{dx, {}, {}, {}, {}, {}, {}, {}, {}, l, units ? RowUnits(l, *units) : RowUnits(l), {}, kernels_for(dx)});
+  State& s = *state_;
+  BnTensors& t = s.tensors;
+  const auto taken = [&](const OptionalTensor& given, const char* name) {
+    check_like(*given, dx, name);
+    return given->contiguous(l.format);
+  };
+  t.dy = t.out = dx.mutable_data_ptr();
+  if (add) t.add = (s.add = taken(add, "add")).const_data_ptr();
+  if (!below.z) return;
+  s.z = taken(below.z, "z");
+  s.layout.length = s.units.length;
+  set_arguments(t, s.parameters, s.z, s.layout, below.mean, below.rstd, below.gamma, below.beta, std::nullopt, std::nullopt, Tensor(),
+                below.act, below.slope);
+  s.rstd_below = *below.rstd;
+  if (below.bits) {
+    TORCH_CHECK(below.bits->numel() == l.bit_bytes(), "bnfast: bits holds ", below.bits->numel(), " bytes; ", l.bit_bytes(),
+                " belong to z of shape ", s.z.sizes());
+    t.bits = const_cast<uint16_t*>(static_cast<const uint16_t*>(below.bits->const_data_ptr()));
+    t.slope_from = Slope::kFromBits;
+  }
+  if (below.z_beside) {
+    t.z_beside = (s.z_beside = taken(below.z_beside, "z_beside")).const_data_ptr();
+    check_vector(below.mean_beside, dx, "mean_beside");
+    const ChannelVector<float> mean(below.mean_beside);
+    s.mean_beside = at::empty({s.units.length}, dx.options().memory_format(at::MemoryFormat::Contiguous));
+    t.mean_beside = lay_out(s.layout, s.mean_beside.mutable_data_ptr<float>(), [&](int64_t c) { return mean.values[c]; });
+    s.rstd_beside = *below.rstd_beside;
+  }
+  s.partials = at::empty({s.units.units(), 3, s.units.length}, dx.options().memory_format(at::MemoryFormat::Contiguous));
+}
+BehindDgrad::~BehindDgrad() = default;
+int64_t BehindDgrad::units() const { return state_->units.units(); }
+int64_t BehindDgrad::granularity() const { return state_->units.length / state_->layout.channels; }
+int64_t BehindDgrad::begin(int64_t unit) const { return state_->units.borders[unit] / state_->layout.channels; }
+int64_t BehindDgrad::end(int64_t unit) const { return begin(unit + 1); }
+std::array<const float*, 3> BehindDgrad::reads() const {
+  const BnTensors& t = state_->tensors;
+  return {static_cast<const float*>(t.z), static_cast<const float*>(t.add), static_cast<const float*>(t.z_beside)};
+}
+
+void BehindDgrad::take(int64_t unit, int64_t first, int64_t last) const {
+  const State& s = *state_;
+  const RowSpan span = {s.units.length, first * s.layout.channels, last * s.layout.channels};
+  if (s.z.defined()) {
+    if (first == begin(unit)) std::fill(s.part(unit), s.part(unit) + 3 * s.units.length, 0.0f);
+    s.kernels.bwd_join_rows(s.tensors, span, s.part(unit));
+  } else if (s.add.defined()) {
+    s.kernels.add_rows(s.tensors, span);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> BehindDgrad::sums() const {
+  const State& s = *state_;
+  const auto options = s.dx.options().memory_format(at::MemoryFormat::Contiguous);
+  const auto none = [&] { return at::empty({0}, options); };
+  if (!s.z.defined()) return {none(), none(), none(), none()};
+  const int64_t channels = s.layout.channels, length = s.units.length;
+  std::vector<double> sums(3 * channels, 0.0);
+  for (int64_t u = 0; u < s.units.units(); ++u) {
+    const int64_t filled = s.units.is_tail(u) ? s.units.tail : length;
+    for (int64_t i = 0; i < 3; ++i) {
+      const float* from = s.part(u) + i * length;
+      for (int64_t j = 0, c = 0; j < filled; ++j, c = c + 1 == channels ? 0 : c + 1) sums[i * channels + c] += from[j];
+    }
+  }
+  const auto vector = [&](int64_t i, const Tensor& rstd_of) {
+    Tensor result = at::empty({channels}, options);
+    const OptionalTensor given = rstd_of.defined() ? OptionalTensor(rstd_of) : std::nullopt;
+    const ChannelVector<float> rstd(given);
+    float* to = result.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c] = sums[i * channels + c] * (rstd.values ? static_cast<double>(rstd.values[c]) : 1.0);
+    }
+    return result;
+  };
+  const Tensor dbeta = vector(0, Tensor()), dgamma = vector(1, s.rstd_below);
+  if (!s.z_beside.defined()) return {dgamma, dbeta, none(), none()};
+  return {dgamma, dbeta, vector(2, s.rstd_beside), vector(0, Tensor())};
 }
 
 namespace {

@@ -22,7 +22,9 @@ struct BnTensors {
   const void* z = nullptr;
   const void* dy = nullptr;
   const void* residual = nullptr;
-  void* out = nullptr;        // y, or dz
+  const void* add = nullptr;      // bwd_join_rows: what else flows into dy
+  const void* z_beside = nullptr, *mean_beside = nullptr;   // ... the residual's z and mean, null without one
+  void* out = nullptr;        // y, or dz; bwd_join_rows: dy's own memory
   void* dresidual = nullptr;
   uint16_t* bits = nullptr;   // one bit per element, a word per Block; planes start at a new word
   const void* mean = nullptr;
@@ -61,6 +63,10 @@ struct BnKernels {
   // bn_bwd_reduce: sum(db) and sum(db * (z - mean)) of the span.
   void (*bwd_reduce_rows)(const BnTensors&, RowSpan, void* sum_db, void* sum_db_z);
   void (*bwd_reduce_planes)(const BnTensors&, PlaneSpan, void* sum_db, void* sum_db_z);
+  // bn_bwd_reduce of whole rows while dy is in the cache: dy += add, masked where there are bits; db,
+  // db * (z - mean), and db * (z_beside - mean_beside) are added to sums, three arrays of length. float32.
+  void (*bwd_join_rows)(const BnTensors&, RowSpan, float* sums);
+  void (*add_rows)(const BnTensors&, RowSpan);   // dy += add
   // bn_bwd_apply.
   void (*bwd_apply_rows)(const BnTensors&, RowSpan);
   void (*bwd_apply_planes)(const BnTensors&, PlaneSpan);

@@ -5,32 +5,62 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
+#include <array>
+#include <memory>
 #include <optional>
 #include <tuple>
+#include <vector>
+
+#include "pixels.h"
 
 namespace bnfast {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// bn_fwd_reduce_apply of z, whose pixels [begin, end) are written by produce(begin, end) before they are reduced: each pixel
-// once, by any thread.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_fwd_behind(
-    const at::Tensor& z, c10::function_ref<void(int64_t begin, int64_t end)> produce, OptionalTensor running_mean,
-    OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps,
-    OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual, c10::string_view act, double slope, bool want_bits);
+// Units of work of a convolution behind which something is reduced: unit u is the pixels [borders[u], borders[u + 1]) of the result,
+// each but the last border a multiple of `group` pixels, which are a multiple of 16 elements.
+struct PixelUnits {
+  int64_t group;
+  std::vector<int64_t> borders;
+};
 
-// dz of bn_bwd_reduce_apply, once the sums are known.
-class DzRows {
+// bn_fwd_reduce of z, whose pixels [begin, end) are written by produce(unit, begin, end) before they are reduced: each pixel once, by
+// any thread. Without units they are those of bn_fwd_reduce. Returns mean, rstd.
+std::tuple<at::Tensor, at::Tensor> bn_fwd_reduce_behind(
+    const at::Tensor& z, const PixelUnits* units, c10::function_ref<void(int64_t unit, int64_t begin, int64_t end)> produce,
+    OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
+    double eps);
+
+// bn_fwd_apply without residual, as a convolution's input.
+class Normalised final : public PixelSource {
  public:
-  virtual int64_t granularity() const = 0;   // pixels: begin is a multiple of it
-  // dz of the pixels [begin, end) into `to`, and their dresidual where it is wanted.
-  virtual void write(int64_t begin, int64_t end, float* to) const = 0;
-  // What write(begin, ...) reads, from its first element on.
-  virtual const float* dy(int64_t begin) const = 0;
-  virtual const float* z(int64_t begin) const = 0;
+  Normalised(const at::Tensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
+             const OptionalTensor& beta, c10::string_view act, double slope);
+  ~Normalised();
+  int64_t granularity() const override;
+  void write(int64_t begin, int64_t end, float* to) const override;
+  const float* reads(int64_t begin) const override;
+  const float* reads_too(int64_t) const override { return nullptr; }
 
- protected:
-  ~DzRows() = default;
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// bn_bwd_apply without residual, as a data gradient's input: dz, once the sums dgamma and dbeta are known.
+class Dz final : public PixelSource {
+ public:
+  Dz(const at::Tensor& dy, const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& gamma,
+     const OptionalTensor& beta, const at::Tensor& dgamma, const at::Tensor& dbeta, c10::string_view act, double slope);
+  ~Dz();
+  int64_t granularity() const override;
+  void write(int64_t begin, int64_t end, float* to) const override;
+  const float* reads(int64_t begin) const override;
+  const float* reads_too(int64_t begin) const override;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 // bn_bwd_reduce, then consume(dz), which takes dz piece by piece; dresidual is complete when all pixels have been written.
@@ -38,6 +68,36 @@ class DzRows {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_bwd_before(
     const at::Tensor& dy, const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd, OptionalTensor gamma,
     OptionalTensor beta, OptionalTensor residual, OptionalTensor bits, c10::string_view act, double slope, bool want_dresidual,
-    c10::function_ref<void(const DzRows&)> consume);
+    c10::function_ref<void(const PixelSource&)> consume);
+
+// A unit whose output's gradient a data gradient dx is, and the unit without activation that is its residual: Below and Beside of
+// bnfast/reference.py, each absent without its z.
+struct BelowUnit {
+  OptionalTensor z, bits, mean, rstd, gamma, beta;
+  c10::string_view act;
+  double slope;
+  OptionalTensor z_beside, mean_beside, rstd_beside;
+};
+
+// What follows a data gradient while it is in the cache: + add, the mask of the unit below where that has bits, and its bn_bwd_reduce.
+class BehindDgrad {
+ public:
+  // Without units they are those of bn_bwd_reduce.
+  BehindDgrad(at::Tensor& dx, const OptionalTensor& add, const BelowUnit& below, const PixelUnits* units);
+  ~BehindDgrad();
+  int64_t units() const;
+  int64_t begin(int64_t unit) const;   // pixels
+  int64_t end(int64_t unit) const;
+  std::array<const float*, 3> reads() const;   // what it reads beside dx, null where there is no such tensor
+  int64_t granularity() const;         // pixels: what is taken begins at a multiple of it
+  // Takes the pixels [first, last) of a unit, which have been written: the unit from its beginning to its end by one thread.
+  void take(int64_t unit, int64_t first, int64_t last) const;
+  // dgamma and dbeta of the unit below and of the one beside it, empty where there is none; when all units have been taken.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sums() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 }  // namespace bnfast

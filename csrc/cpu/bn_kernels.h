@@ -125,36 +125,30 @@ void fwd_apply(const BnTensors& t, Span span) {
 
 // ---- the gradient of the pre-activation, db = dy * act' ------------------------------------------------------------
 
-// Calls run(gradient) with gradient(channel, z, e, j, lanes, word) -> db.
+// Calls run(gradient) with gradient(channel, z, dy, e, j, lanes, word) -> db.
 template <class T, class F>
 void with_gradient(const BnTensors& t, F run) {
   using A = acc_t<T>;
-  const T* dy = static_cast<const T*>(t.dy);
   const T* r = static_cast<const T*>(t.residual);
   with_activation(t.act, t.slope, [&](auto act) {
     using Activation = decltype(act);
     if constexpr (std::is_same_v<Activation, Identity>) {
-      run([=](const auto&, const Block<A>&, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
-        return load(dy + e + j, lanes);
-      });
+      run([=](const auto&, const Block<A>&, const Block<A>& dy, int64_t, int64_t, auto, int64_t) BNFAST_INLINE_LAMBDA { return dy; });
     } else {
       auto from_pre = [=](const Block<A>& pre, const Block<A>& grad) BNFAST_INLINE_LAMBDA {
         if constexpr (Activation::kPiecewise) return act.masked(act.passes(rounded_to<T>(pre)), grad);
         else return act.gradient(pre, grad);
       };
       if (t.slope_from == Slope::kFromZ) {
-        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
-          return from_pre(channel.pre_activation(z, j, lanes), load(dy + e + j, lanes));
-        });
+        run([=](const auto& channel, const Block<A>& z, const Block<A>& dy, int64_t, int64_t j, auto lanes, int64_t)
+                BNFAST_INLINE_LAMBDA { return from_pre(channel.pre_activation(z, j, lanes), dy); });
       } else if (t.slope_from == Slope::kFromZAndResidual) {
-        run([=](const auto& channel, const Block<A>& z, int64_t e, int64_t j, auto lanes, int64_t) BNFAST_INLINE_LAMBDA {
-          const Block<A> pre = channel.pre_activation(z, j, lanes) + load(r + e + j, lanes);
-          return from_pre(pre, load(dy + e + j, lanes));
-        });
+        run([=](const auto& channel, const Block<A>& z, const Block<A>& dy, int64_t e, int64_t j, auto lanes, int64_t)
+                BNFAST_INLINE_LAMBDA { return from_pre(channel.pre_activation(z, j, lanes) + load(r + e + j, lanes), dy); });
       } else if constexpr (Activation::kPiecewise) {
         const uint16_t* bits = t.bits;
-        run([=](const auto&, const Block<A>&, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
-          return act.masked(from_bits<A>(bits[word + j / kBlock]), load(dy + e + j, lanes));
+        run([=](const auto&, const Block<A>&, const Block<A>& dy, int64_t, int64_t j, auto, int64_t word) BNFAST_INLINE_LAMBDA {
+          return act.masked(from_bits<A>(bits[word + j / kBlock]), dy);
         });
       }
     }
@@ -179,7 +173,7 @@ void bwd_apply(const BnTensors& t, Span span) {
           fetch_ahead<Span>(t, z + e + j);
           fetch_ahead<Span>(t, dy + e + j);
           const Block<A> zb = load(z + e + j, lanes);
-          const Block<A> db = gradient(channel, zb, e, j, lanes, word);
+          const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, word);
           if constexpr (has_residual) write(dr + e + j, db, lanes, streams);
           Block<A> centred = db;
           if constexpr (batch_statistics) {
@@ -321,6 +315,7 @@ template <class T>
 void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_db_z) {
   using A = acc_t<T>;
   const T* z = static_cast<const T*>(t.z);
+  const T* dy = static_cast<const T*>(t.dy);
   A* first = static_cast<A*>(sum_db);
   A* second = static_cast<A*>(sum_db_z);
   const int64_t length = span.length;
@@ -330,7 +325,7 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
   with_gradient<T>(t, [&](auto gradient) {
     auto add = [&](int64_t e, int64_t j, auto lanes, Block<A>& db_sum, Block<A>& db_z_sum) BNFAST_INLINE_LAMBDA {
       const Block<A> zb = load(z + e + j, lanes);
-      const Block<A> db = gradient(channel, zb, e, j, lanes, e / kBlock);
+      const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, e / kBlock);
       db_sum = db_sum + db;
       db_z_sum = db_z_sum + db * (zb - channel.mean.at(j, lanes));
     };
@@ -358,6 +353,7 @@ template <class T>
 void bwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* sum_db, void* sum_db_z) {
   using A = acc_t<T>;
   const T* z = static_cast<const T*>(t.z);
+  const T* dy = static_cast<const T*>(t.dy);
   with_gradient<T>(t, [&](auto gradient) {
     for (int64_t c = span.c_begin; c < span.c_end; ++c) {
       const Channel<T, false> channel(t, c);
@@ -366,13 +362,70 @@ void bwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* sum_db, void* s
       static_cast<A*>(sum_db)[c] =
           sum_over_channel<A>(span, c, [&](int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
             const Block<A> zb = load(z + e + j, lanes);
-            const Block<A> db = gradient(channel, zb, e, j, lanes, word);
+            const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, word);
             Block<A>& sum = db_z_sum[(j / kBlock) & 1];
             sum = sum + db * (zb - channel.mean.at(j, lanes));
             return db;
           });
       static_cast<A*>(sum_db_z)[c] = lane_sum(db_z_sum[0] + db_z_sum[1]);
     }
+  });
+}
+
+// ---- bn_bwd_reduce behind a data gradient ---------------------------------------------------------------------------
+
+// [dy is in the cache; read z (, add, z_beside, 1 bit), write dy where it changes]
+inline void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
+  using B = Block<float>;
+  const int64_t length = span.length;
+  const float *z = static_cast<const float*>(t.z), *more = static_cast<const float*>(t.add);
+  const float *beside = static_cast<const float*>(t.z_beside), *mean_beside = static_cast<const float*>(t.mean_beside);
+  float* dy = static_cast<float*>(t.out);
+  const Channel<float, true> channel(t, 0);
+  const bool is_masked = t.slope_from == Slope::kFromBits;
+  with_gradient<float>(t, [&](auto gradient) {
+    const auto run = [&](auto has_add, auto has_bits, auto has_beside) {
+      const auto add = [&](int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
+        B given = load(dy + e + j, lanes);
+        if constexpr (has_add) given = given + load(more + e + j, lanes);
+        const B zb = load(z + e + j, lanes);
+        const B db = gradient(channel, zb, given, e, j, lanes, e / kBlock);
+        if constexpr (has_bits) store(dy + e + j, db, lanes);
+        else if constexpr (has_add) store(dy + e + j, given, lanes);
+        sum[0] = sum[0] + db;
+        sum[1] = sum[1] + db * (zb - channel.mean.at(j, lanes));
+        if constexpr (has_beside) {
+          sum[2] = sum[2] + db * (load(beside + e + j, lanes) - load(mean_beside + j, lanes));
+        }
+      };
+      const auto rows = [&](int64_t e, int64_t j, auto lanes, int count) BNFAST_INLINE_LAMBDA {
+        B s[3];
+        for (int i = 0; i < (has_beside ? 3 : 2); ++i) s[i] = load(sums + i * length + j, lanes);
+        for (int i = 0; i < count; ++i) add(e + i * length, j, lanes, s);
+        for (int i = 0; i < (has_beside ? 3 : 2); ++i) store(sums + i * length + j, s[i], lanes);
+      };
+      int64_t e = span.begin;
+      for (; e + 4 * length <= span.end; e += 4 * length) {
+        for (int64_t j = 0; j < length; j += kBlock) rows(e, j, Whole{}, 4);
+      }
+      for (; e < span.end; e += length) {
+        for_blocks(std::min(length, span.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA { rows(e, j, lanes, 1); });
+      }
+    };
+    const auto with_add = [&](auto has_bits, auto has_beside) {
+      more ? run(Flag<true>{}, has_bits, has_beside) : run(Flag<false>{}, has_bits, has_beside);
+    };
+    if (beside) is_masked ? with_add(Flag<true>{}, Flag<true>{}) : with_add(Flag<false>{}, Flag<true>{});
+    else is_masked ? with_add(Flag<true>{}, Flag<false>{}) : with_add(Flag<false>{}, Flag<false>{});
+  });
+}
+
+inline void add_rows(const BnTensors& t, RowSpan span) {
+  const float* more = static_cast<const float*>(t.add);
+  float* dy = static_cast<float*>(t.out);
+  for_blocks(span.end - span.begin, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+    const int64_t at = span.begin + j;
+    store(dy + at, load(dy + at, lanes) + load(more + at, lanes), lanes);
   });
 }
 
@@ -440,7 +493,7 @@ void se_reduce_planes(const BnTensors& t, PlaneSpan span, void* sums_out) {
 template <class T>
 constexpr BnKernels bn_kernels() {
   return {fwd_reduce_rows<T>, fwd_reduce_planes<T>, fwd_apply<T, RowSpan>, fwd_apply<T, PlaneSpan>,
-          bwd_reduce_rows<T>, bwd_reduce_planes<T>, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>,
+          bwd_reduce_rows<T>, bwd_reduce_planes<T>, bwd_join_rows, add_rows, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>,
           se_reduce_pixels<T>, se_reduce_planes<T>};
 }
 

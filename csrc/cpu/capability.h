@@ -5,6 +5,7 @@
 #include "conv_depthwise.h"
 #include "conv_pointwise.h"
 #include "conv_winograd.h"
+#include "max_pool.h"
 
 namespace bnfast {
 
@@ -14,6 +15,7 @@ struct Capability {
   const char* name;
   BnKernels bn[static_cast<int>(Dtype::kCount)];
   DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
+  MaxPoolKernels max_pool[static_cast<int>(Dtype::kCount)];
   WinogradKernels winograd;     // float32
   PointwiseKernels pointwise;   // float32
 };

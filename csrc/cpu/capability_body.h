@@ -5,6 +5,7 @@
 #include "conv_depthwise_kernels.h"
 #include "conv_pointwise_kernels.h"
 #include "conv_winograd_kernels.h"
+#include "max_pool_kernels.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
 
@@ -13,6 +14,7 @@ const Capability capability = {
     BNFAST_STRINGIFY(BNFAST_NAMESPACE),
     {bn_kernels<float>(), bn_kernels<double>(), bn_kernels<bf16>(), bn_kernels<f16>()},
     {depthwise_kernels<float>(), depthwise_kernels<double>(), depthwise_kernels<bf16>(), depthwise_kernels<f16>()},
+    {max_pool_kernels<float>(), max_pool_kernels<double>(), max_pool_kernels<bf16>(), max_pool_kernels<f16>()},
     winograd_kernels(),
     pointwise_kernels(),
 };

@@ -1,8 +1,9 @@
-// 1x1 convolutions of stride 1 as operators: alone, with bn_fwd_reduce behind the product, and with bn_bwd_apply in front of it.
+// 1x1 convolutions of stride 1 as operators: alone, and with the BatchNorm phases in front of the product and behind it.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <numeric>
 
 #include "bn_fused.h"
@@ -17,6 +18,7 @@ using at::Tensor;
 constexpr int64_t kRowGroup = 12;         // of the widest kernel
 constexpr int64_t kChunkFloats = 49152;   // of x and y that pass through the L2 cache together
 constexpr int64_t kUnitFloats = 262144;   // ... in one unit of work
+constexpr int kMostRuns = 6;              // that are fetched for a chunk
 constexpr int64_t kAlignment = 16;        // of scratch memory, in floats
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,26 +57,40 @@ struct Product {
     conv.x = x.const_data_ptr<float>();
   }
 
-  // The chunk [from, to) of rows, for the blocks [first, last).
-  PointwiseConv part(int64_t from, int64_t to) const {
+  // Tensors of y's shape that are read after each chunk; null ones are ignored.
+  void set_behind(std::array<const float*, 3> tensors) { behind_ = tensors; }
+
+  // y of the rows [from, to), one chunk of [from, end), for the blocks [first, last), while the next chunk is fetched.
+  // made: x of this chunk, where a source makes it.
+  void rows(int64_t from, int64_t to, int64_t end, int64_t first, int64_t last, const PixelSource* source = nullptr,
+            const float* made = nullptr) const {
     PointwiseConv p = conv;
-    p.x = conv.x + from * conv.channels;
+    p.x = made ? made : conv.x + from * conv.channels;
     p.y = conv.y + from * conv.out_channels;
     p.rows = to - from;
     p.rows_below = conv.rows - to;
-    p.upcoming_floats = std::min(chunk, p.rows_below) * conv.channels;
-    return p;
+    Run runs[kMostRuns];
+    const int64_t next = std::min(chunk, end - to);
+    const auto add = [&](const float* from_next, int64_t floats_per_row) {
+      if (from_next && next > 0) runs[p.upcoming_count++] = {from_next, next * floats_per_row * static_cast<int64_t>(sizeof(float))};
+    };
+    add(source ? source->reads(to) : conv.x + to * conv.channels, conv.channels);
+    if (source) add(source->reads_too(to), conv.channels);
+    if (!p.is_near()) add(conv.y + to * conv.out_channels, conv.out_channels);
+    for (const float* tensor : behind_) {
+      if (tensor) add(tensor + to * conv.out_channels, conv.out_channels);
+    }
+    p.upcoming = runs;
+    cpu_capability().pointwise.product(p, first, last);
   }
 
+  // ... of all chunks of [begin, end).
   void rows(int64_t begin, int64_t end, int64_t first, int64_t last) const {
-    const auto kernel = cpu_capability().pointwise.product;
-    for (int64_t from = begin; from < end; from += chunk) {
-      const int64_t to = std::min(end, from + chunk);
-      PointwiseConv p = part(from, to);
-      p.upcoming[0] = conv.x + to * conv.channels;
-      kernel(p, first, last);
-    }
+    for (int64_t from = begin; from < end; from += chunk) rows(from, std::min(end, from + chunk), end, first, last);
   }
+
+ private:
+  std::array<const float*, 3> behind_ = {};
 };
 
 void check_x(const Tensor& x) {
@@ -113,18 +129,51 @@ Tensor pointwise_conv(const Tensor& x, const Tensor& weights, const OptionalTens
   return product.y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_fwd_reduce_apply(
-    const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, OptionalTensor running_mean,
-    OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps,
-    OptionalTensor gamma, OptionalTensor beta, OptionalTensor residual, c10::string_view act, double slope, bool want_bits) {
+// Room for a chunk of pixels that a source makes.
+class Made {
+ public:
+  Made(const PixelSource& source, int64_t pixels, int64_t channels, const Tensor& like)
+      : source_(source), channels_(channels),
+        memory_(at::empty({(pixels + source.granularity()) * channels + kAlignment},
+                          like.options().memory_format(at::MemoryFormat::Contiguous))) {
+    float* const first = memory_.mutable_data_ptr<float>() + source.granularity() * channels;
+    to_ = first + (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 / sizeof(float);
+  }
+  // y of the pixels [from, to), at most a chunk of [from, end).
+  void rows(const Product& product, int64_t from, int64_t to, int64_t end) const {
+    source_.write_from(from, to, channels_, to_);
+    product.rows(from, to, end, 0, product.blocks, &source_, to_);
+  }
+
+ private:
+  const PixelSource& source_;
+  int64_t channels_;
+  Tensor memory_;
+  float* to_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_fwd_reduce(
+    const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+    c10::string_view act, double slope, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
+    OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
+    double eps) {
   const PoolScope pooled;
   check_x(x);
   Product product(x, weights, bias, x.size(1), out_channels);
-  product.set_x(x);
-  auto [mean, rstd, y, bits] = bn_fwd_behind(
-      product.y, [&](int64_t begin, int64_t end) { product.rows(begin, end, 0, product.blocks); }, running_mean, running_var,
-      num_batches_tracked, momentum, eps, gamma, beta, residual, act, slope, want_bits);
-  return {product.y, mean, rstd, y, bits};
+  std::optional<Normalised> source;
+  if (mean) source.emplace(x, mean, rstd, gamma, beta, act, slope);
+  else product.set_x(x);
+  auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
+      product.y, nullptr,
+      [&](int64_t, int64_t begin, int64_t end) {
+        if (!source) return product.rows(begin, end, 0, product.blocks);
+        const Made made(*source, product.chunk, x.size(1), product.y);
+        for (int64_t from = begin; from < end; from += product.chunk) {
+          made.rows(product, from, std::min(end, from + product.chunk), end);
+        }
+      },
+      running_mean, running_var, num_batches_tracked, momentum, eps);
+  return {product.y, own_mean, own_rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_bwd_reduce_apply_dgrad(
@@ -135,26 +184,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_bwd_reduce_apply_dgrad(
   check_x(z);
   const int64_t channels = z.size(1);
   Product product(z, weights, std::nullopt, channels, in_channels);
-  const auto consume = [&](const DzRows& dz) {
+  const auto consume = [&](const PixelSource& dz) {
     const int64_t rows = product.conv.rows, step = std::lcm(kRowGroup, dz.granularity());
     if (rows == 0) return;
-    const int64_t chunk = ceil_div(product.chunk, step) * step;
+    product.chunk = ceil_div(product.chunk, step) * step;   // each pixel is made once, and its dresidual written once
     const Units units(rows, 2 * channels + in_channels, step);
-    const auto kernel = cpu_capability().pointwise.product;
     at::parallel_for(0, units.count, 1, [&](int64_t first, int64_t last) {
-      const Tensor scratch = at::empty({chunk * channels + kAlignment}, z.options().memory_format(at::MemoryFormat::Contiguous));
-      float* const memory = scratch.mutable_data_ptr<float>();
-      float* const part = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
-      const int64_t begin = first * units.each, end = std::min(rows, last * units.each);
-      for (int64_t from = begin; from < end; from += chunk) {
-        const int64_t to = std::min(end, from + chunk);
-        dz.write(from, to, part);
-        PointwiseConv p = product.part(from, to);
-        p.x = part;
-        p.upcoming[0] = dz.dy(to);
-        p.upcoming[1] = dz.z(to);
-        p.upcoming_floats = std::min(chunk, p.rows_below) * channels;
-        kernel(p, 0, product.blocks);
+      const Made made(dz, product.chunk, channels, z);
+      const int64_t end = std::min(rows, last * units.each);
+      for (int64_t from = first * units.each; from < end; from += product.chunk) {
+        made.rows(product, from, std::min(end, from + product.chunk), end);
       }
     });
   };
@@ -163,12 +202,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_bwd_reduce_apply_dgrad(
   return {dgamma, dbeta, product.y, dresidual};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
+    const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
+    const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
+    const Tensor& weights, int64_t in_channels, const OptionalTensor& add, const OptionalTensor& z_below, const OptionalTensor& bits,
+    const OptionalTensor& mean_below, const OptionalTensor& rstd_below, const OptionalTensor& gamma_below,
+    const OptionalTensor& beta_below, c10::string_view act_below, double slope_below, const OptionalTensor& z_beside,
+    const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
+  const PoolScope pooled;
+  check_x(dy);
+  const int64_t channels = dy.size(1);
+  Product product(dy, weights, std::nullopt, channels, in_channels);
+  std::optional<Dz> source;
+  if (z) source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope);
+  else product.set_x(dy);
+  const BehindDgrad behind(product.y, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
+                                            z_beside, mean_beside, rstd_beside}, nullptr);
+  product.set_behind(behind.reads());
+  const int64_t step = std::lcm(kRowGroup, behind.granularity());
+  product.chunk = ceil_div(product.chunk, step) * step;
+  if (product.y.numel() > 0) {
+    at::parallel_for(0, behind.units(), 1, [&](int64_t first, int64_t last) {
+      std::optional<Made> made;
+      if (source) made.emplace(*source, product.chunk, channels, dy);
+      const int64_t end = behind.end(last - 1);
+      for (int64_t u = first; u < last; ++u) {
+        for (int64_t from = behind.begin(u); from < behind.end(u); from += product.chunk) {
+          const int64_t to = std::min(behind.end(u), from + product.chunk);
+          if (made) made->rows(product, from, to, end);
+          else product.rows(from, to, end, 0, product.blocks);
+          behind.take(u, from, to);
+        }
+      }
+    });
+  }
+  auto [dgamma_below, dbeta_below, dgamma_beside, dbeta_beside] = behind.sums();
+  return {product.y, dgamma_below, dbeta_below, dgamma_beside, dbeta_beside};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("pointwise_conv", &pointwise_conv);
-  m.impl("pointwise_fwd_reduce_apply", &pointwise_fwd_reduce_apply);
+  m.impl("pointwise_fwd_reduce", &pointwise_fwd_reduce);
   m.impl("pointwise_bwd_reduce_apply_dgrad", &pointwise_bwd_reduce_apply_dgrad);
+  m.impl("pointwise_dgrad_reduce", &pointwise_dgrad_reduce);
 }
 
 }  // namespace bnfast

@@ -4,9 +4,13 @@
 
 #include <cstdint>
 
+#include "pixels.h"
+
 namespace bnfast {
 
 constexpr int kPointwiseLanes = 16;   // output channels of a block of weights
+
+constexpr int64_t kNearFloats = 6144;
 
 // Some pixels: x [rows, C] and y [rows, K], which may not overlap.
 // weights [ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
@@ -17,8 +21,11 @@ struct PointwiseConv {
   float* y;
   int64_t rows, channels, out_channels;
   int64_t rows_below;        // of y behind these
-  const float* upcoming[2];  // what the caller reads next: fetched into the cache meanwhile
-  int64_t upcoming_floats;   // of each that is not null
+  const Run* upcoming;       // what the caller needs next, fetched into the cache meanwhile
+  int upcoming_count;
+
+  // Whether the weights stay in the L1 cache beside a tile of rows; then y is fetched by the kernel, tile by tile.
+  bool is_near() const { return blocks(out_channels) * channels * kPointwiseLanes <= kNearFloats; }
 
   static int64_t blocks(int64_t count) { return (count + kPointwiseLanes - 1) / kPointwiseLanes; }
 };

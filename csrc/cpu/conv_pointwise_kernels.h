@@ -10,11 +10,9 @@
 
 namespace bnfast::BNFAST_NAMESPACE {
 
-constexpr int64_t kNearFloats = 6144;   // of weights that stay in the L1 cache beside a tile of rows
-
 // The rows [begin, end) times the panel of kBlocks blocks of output channels from `block` on; `lanes` of the last one exist.
 template <int kBlocks, class L>
-void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t block, L lanes, Ahead& ahead) {
+void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t block, L lanes, RunsAhead& ahead) {
   const float* weights = d.weights + block * d.channels * kBlock;
   const auto tile = [&](auto rows, int64_t r) BNFAST_INLINE_LAMBDA {
     float* y = d.y + r * d.out_channels + block * kBlock;
@@ -37,7 +35,7 @@ void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t
 }
 
 inline void pointwise_product(const PointwiseConv& d, int64_t first, int64_t last) {
-  Ahead ahead(d.upcoming, d.upcoming_floats, d.weights);
+  RunsAhead ahead(d.upcoming, d.upcoming_count);
   const auto panel = [&](int64_t from, int64_t to, int64_t block) {
     const auto of = [&](auto blocks) {
       const int64_t lanes = d.out_channels - (block + blocks - 1) * kBlock;
@@ -48,7 +46,7 @@ inline void pointwise_product(const PointwiseConv& d, int64_t first, int64_t las
     else of(std::integral_constant<int, 1>{});
   };
   const int64_t panels = (last - first + kWideBlocks - 1) / kWideBlocks;
-  if (panels == 1 || (last - first) * d.channels * kBlock > kNearFloats) {
+  if (panels == 1 || !d.is_near()) {
     for (int64_t block = first; block < last; block += kWideBlocks) panel(0, d.rows, block);
     return;
   }

@@ -1,93 +1,240 @@
-// 3x3 convolutions of stride 1 in Winograd's form as an operator: sizes, units of work, scratch memory.
+// 3x3 convolutions of stride 1 in Winograd's form as operators: alone, and with the BatchNorm phases in front of it and behind it.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
+#include <numeric>
+
+#include "bn_fused.h"
 #include "capability_table.h"
 #include "pool.h"
 
 namespace bnfast {
 namespace {
 
+using at::Tensor;
+
 constexpr int64_t kTransformedFloats = 1 << 18;   // of the input, taken at once: half of an L2 cache of 2 MB
 constexpr int64_t kMostTiles = 96;
 constexpr int64_t kFewestTiles = 32;              // for each time that the weights are read
 constexpr int64_t kSplitBlocks = 4;               // output channels are split only so far: each piece transforms its input anew
 
+constexpr int64_t kFewUnits = 32;
+constexpr int64_t kEven = 4;
+constexpr int kMostRuns = 6;                      // that are fetched for a unit
+constexpr int64_t kGroup = 64;                    // elements of a row of a reduction, at least where it can be
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Every output depends on its own tile alone, in one order of additions: how the work is cut changes no bit.
-void run(WinogradConv& d, int64_t batch) {
-  const int64_t rows = batch * d.tile_rows, blocks = WinogradConv::blocks(d.out_channels), threads = at::get_num_threads();
-  const int64_t fit = kTransformedFloats / (kWinogradPoints * d.input_columns());
-  const int64_t tiles = std::clamp(fit, kFewestTiles, kMostTiles);
-  const int64_t rows_per_unit = std::max<int64_t>(1, tiles / d.tile_columns), row_units = ceil_div(rows, rows_per_unit);
-  const int64_t wanted = row_units >= 2 * threads ? 1 : ceil_div(2 * threads, row_units);
-  const int64_t blocks_per_unit = ceil_div(blocks, std::clamp<int64_t>(blocks / kSplitBlocks, 1, wanted));
-  const int64_t pieces = ceil_div(blocks, blocks_per_unit);
-  d.tiles = ceil_div(std::min(tiles, rows_per_unit * d.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
-  // Few channels: the transformed input stays in the L2 cache while the products of two blocks at a time pass through it. Many:
-  // it does not, and each of its 36 matrices is read once for all blocks.
-  d.panel = fit >= kFewestTiles ? std::min<int64_t>(2, blocks_per_unit) : blocks_per_unit;
+// A convolution cut into units of work. Every output depends on its own tile alone, in one order of additions: how the work is cut
+// changes no bit of it. What is reduced behind it is reduced by units, whose borders depend on the shape alone.
+class Winograd {
+ public:
+  Tensor y;
 
-  const int64_t floats = ceil_div(d.scratch_floats(), kWinogradLanes) * kWinogradLanes;
-  const at::Tensor scratch = at::empty({threads * floats + kWinogradLanes}, at::kFloat);
-  float* const memory = scratch.mutable_data_ptr<float>();
-  float* const aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
-  const auto kernel = cpu_capability().winograd.tile_rows;
-  at::parallel_for(0, row_units * pieces, 1, [&](int64_t begin, int64_t end) {
-    float* const own = aligned + at::get_thread_num() * floats;
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = u / pieces * rows_per_unit, block = u % pieces * blocks_per_unit;
-      kernel(d, row, std::min(rows, row + rows_per_unit), block, std::min(blocks, block + blocks_per_unit), own);
+  // x: of the input's sizes.
+  Winograd(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding) {
+    TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "bnfast: x is ", x.scalar_type(), " ", x.sizes(),
+                "; float32 [N, C, H, W] is needed");
+    TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "bnfast: padding is ", padding,
+                "; two values of at least 0 are needed");
+    blocks_ = WinogradConv::blocks(out_channels);
+    TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat &&
+                    weights.sizes() == at::IntArrayRef({kWinogradPoints, blocks_, x.size(1), kWinogradLanes}),
+                "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [36, ", blocks_, ", ", x.size(1),
+                ", 16] is needed");
+    d_.channels = x.size(1);
+    d_.out_channels = out_channels;
+    d_.height = x.size(2);
+    d_.width = x.size(3);
+    d_.padding_height = padding[0];
+    d_.padding_width = padding[1];
+    d_.out_height = d_.height + 2 * padding[0] - 2;
+    d_.out_width = d_.width + 2 * padding[1] - 2;
+    TORCH_CHECK(d_.out_height > 0 && d_.out_width > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding,
+                "; a kernel of 3 x 3 does not fit");
+    d_.tile_rows = ceil_div(d_.out_height, kWinogradTile);
+    d_.tile_columns = ceil_div(d_.out_width, kWinogradTile);
+    if (bias) {
+      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, "bnfast: bias is of shape ", bias->sizes(), "; [",
+                  out_channels, "] is needed");
+      bias_ = at::constant_pad_nd(bias->to(at::kFloat), {0, blocks_ * kWinogradLanes - out_channels}).contiguous();
+      d_.bias = bias_.const_data_ptr<float>();
     }
-  });
+    y = at::empty({x.size(0), out_channels, d_.out_height, d_.out_width},
+                  x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    d_.weights = weights.const_data_ptr<float>();
+    d_.y = y.mutable_data_ptr<float>();
+    rows_ = x.size(0) * d_.tile_rows;
+    cut();
+  }
+
+  // One of the two, before anything is computed.
+  void set_input(const Tensor& x) {
+    x_ = x.contiguous(at::MemoryFormat::ChannelsLast);
+    d_.x = x_.const_data_ptr<float>();
+    make_room();
+  }
+  void set_input(const PixelSource& source) {
+    d_.source = &source;
+    make_room();
+  }
+
+  // Tensors of y's shape that are read after each unit; null ones are ignored.
+  void set_behind(std::array<const float*, 3> tensors) { behind_ = tensors; }
+
+  // The units as pixels of y, or nothing where one of them would end inside of a group of 16 elements.
+  std::optional<PixelUnits> pixels() const {
+    int64_t group = kWinogradLanes / std::gcd(d_.out_channels, kWinogradLanes);
+    if (d_.out_width % group != 0) return std::nullopt;
+    while (group * d_.out_channels < kGroup && d_.out_width % (2 * group) == 0) group *= 2;
+    PixelUnits units = {group, {}};
+    for (int64_t u = 0; u <= units_; ++u) {
+      units.borders.push_back(out_pixel(row(u)));
+    }
+    return units;
+  }
+
+  // Whether threads share units by their output channels; else a unit can be computed alone.
+  bool is_split() const { return pieces_ > 1; }
+  void unit(int64_t u) const { piece(u, 0, blocks_); }
+  void all() const {
+    at::parallel_for(0, units_ * pieces_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t block = i % pieces_ * blocks_per_piece_;
+        piece(i / pieces_, block, std::min(blocks_, block + blocks_per_piece_));
+      }
+    });
+  }
+
+ private:
+  void cut() {
+    const int64_t threads = at::get_num_threads(), fit = kTransformedFloats / (kWinogradPoints * d_.input_columns());
+    const int64_t tiles = std::clamp(fit, kFewestTiles, kMostTiles);
+    rows_per_unit_ = std::max<int64_t>(1, tiles / d_.tile_columns);
+    // Few units: as many as a usual number of threads shares out evenly.
+    units_ = ceil_div(rows_, rows_per_unit_);
+    if (units_ > 1 && units_ < kFewUnits) rows_per_unit_ = ceil_div(rows_, ceil_div(units_, kEven) * kEven);
+    units_ = ceil_div(rows_, rows_per_unit_);
+    const int64_t wanted = units_ >= 2 * threads || units_ == 0 ? 1 : ceil_div(2 * threads, units_);
+    blocks_per_piece_ = ceil_div(blocks_, std::clamp<int64_t>(blocks_ / kSplitBlocks, 1, wanted));
+    pieces_ = ceil_div(blocks_, blocks_per_piece_);
+    d_.tiles = ceil_div(std::min(tiles, rows_per_unit_ * d_.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
+    // Few channels: the transformed input stays in the L2 cache while the products of two blocks at a time pass through it. Many:
+    // it does not, and each of its 36 matrices is read once for all blocks.
+    d_.panel = fit >= kFewestTiles ? std::min<int64_t>(2, blocks_per_piece_) : blocks_per_piece_;
+  }
+
+  void make_room() {
+    floats_ = ceil_div(d_.scratch_floats(), kWinogradLanes) * kWinogradLanes;
+    scratch_ = at::empty({at::get_num_threads() * floats_ + kWinogradLanes}, at::kFloat);
+    float* const memory = scratch_.mutable_data_ptr<float>();
+    aligned_ = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
+  }
+
+  int64_t row(int64_t unit) const { return std::min(rows_, unit * rows_per_unit_); }   // of tiles
+  // Pixels of the output and of the input in front of a row of tiles.
+  int64_t out_pixel(int64_t row) const {
+    return (row / d_.tile_rows * d_.out_height + row % d_.tile_rows * kWinogradTile) * d_.out_width;
+  }
+  int64_t in_pixel(int64_t row) const {
+    return (row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * kWinogradTile)) * d_.width;
+  }
+
+  void piece(int64_t unit, int64_t block, int64_t last_block) const {
+    WinogradConv d = d_;
+    Run runs[kMostRuns];
+    if (pieces_ == 1 && unit + 1 < units_) {
+      const int64_t begin = row(unit + 1), end = row(unit + 2);
+      const auto add = [&](const float* tensor, int64_t first, int64_t last, int64_t channels) {
+        if (tensor) runs[d.upcoming_count++] = {tensor + first * channels, (last - first) * channels * static_cast<int64_t>(sizeof(float))};
+      };
+      const int64_t in = in_pixel(begin), in_end = in_pixel(end), out = out_pixel(begin), out_end = out_pixel(end);
+      if (d.source) {
+        add(d.source->reads(0), in, in_end, d.channels);
+        add(d.source->reads_too(0), in, in_end, d.channels);
+      } else {
+        add(d.x, in, in_end, d.channels);
+      }
+      add(d.y, out, out_end, d.out_channels);
+      for (const float* tensor : behind_) add(tensor, out, out_end, d.out_channels);
+      d.upcoming = runs;
+    }
+    cpu_capability().winograd.tile_rows(d, row(unit), row(unit + 1), block, last_block, aligned_ + at::get_thread_num() * floats_);
+  }
+
+  WinogradConv d_ = {};
+  std::array<const float*, 3> behind_ = {};
+  Tensor x_, bias_, scratch_;
+  float* aligned_ = nullptr;
+  int64_t rows_, units_, rows_per_unit_, blocks_, blocks_per_piece_, pieces_, floats_ = 0;
+};
+
+Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
+                     at::IntArrayRef padding) {
+  const PoolScope pooled;
+  Winograd conv(x, weights, bias, out_channels, padding);
+  conv.set_input(x);
+  if (conv.y.numel() > 0) conv.all();
+  return conv.y;
 }
 
-at::Tensor winograd_conv(const at::Tensor& x_in, const at::Tensor& weights, const std::optional<at::Tensor>& bias,
-                         int64_t out_channels, at::IntArrayRef padding) {
+std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
+    const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+    c10::string_view act, double slope, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
+    at::IntArrayRef padding, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
+    std::optional<double> momentum, double eps) {
   const PoolScope pooled;
-  TORCH_CHECK(x_in.dim() == 4 && x_in.scalar_type() == at::kFloat, "bnfast: x is ", x_in.scalar_type(), " ", x_in.sizes(),
-              "; float32 [N, C, H, W] is needed");
-  TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "bnfast: padding is ", padding,
-              "; two values of at least 0 are needed");
-  const int64_t blocks = WinogradConv::blocks(out_channels);
-  TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat &&
-                  weights.sizes() == at::IntArrayRef({kWinogradPoints, blocks, x_in.size(1), kWinogradLanes}),
-              "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [36, ", blocks, ", ", x_in.size(1),
-              ", 16] is needed");
-  WinogradConv d = {};
-  d.channels = x_in.size(1);
-  d.out_channels = out_channels;
-  d.height = x_in.size(2);
-  d.width = x_in.size(3);
-  d.padding_height = padding[0];
-  d.padding_width = padding[1];
-  d.out_height = d.height + 2 * padding[0] - 2;
-  d.out_width = d.width + 2 * padding[1] - 2;
-  TORCH_CHECK(d.out_height > 0 && d.out_width > 0, "bnfast: x is of shape ", x_in.sizes(), " with padding ", padding,
-              "; a kernel of 3 x 3 does not fit");
-  d.tile_rows = ceil_div(d.out_height, kWinogradTile);
-  d.tile_columns = ceil_div(d.out_width, kWinogradTile);
-  const at::Tensor x = x_in.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor y = at::empty({x.size(0), out_channels, d.out_height, d.out_width},
-                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  at::Tensor padded_bias;
-  if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, "bnfast: bias is of shape ", bias->sizes(), "; [", out_channels,
-                "] is needed");
-    padded_bias = at::constant_pad_nd(bias->to(at::kFloat), {0, blocks * kWinogradLanes - out_channels}).contiguous();
-    d.bias = padded_bias.const_data_ptr<float>();
+  Winograd conv(x, weights, bias, out_channels, padding);
+  std::optional<Normalised> source;
+  if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
+  else conv.set_input(x);
+  const std::optional<PixelUnits> units = conv.pixels();
+  const bool at_once = !units || conv.is_split();
+  if (at_once && conv.y.numel() > 0) conv.all();
+  auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
+      conv.y, units ? &*units : nullptr, [&](int64_t unit, int64_t, int64_t) { if (!at_once) conv.unit(unit); }, running_mean,
+      running_var, num_batches_tracked, momentum, eps);
+  return {conv.y, own_mean, own_rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
+    const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
+    const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
+    const Tensor& weights, int64_t in_channels, at::IntArrayRef margin, const OptionalTensor& add, const OptionalTensor& z_below,
+    const OptionalTensor& bits, const OptionalTensor& mean_below, const OptionalTensor& rstd_below, const OptionalTensor& gamma_below,
+    const OptionalTensor& beta_below, c10::string_view act_below, double slope_below, const OptionalTensor& z_beside,
+    const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
+  const PoolScope pooled;
+  Winograd conv(dy, weights, std::nullopt, in_channels, margin);
+  std::optional<Dz> source;
+  if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
+  else conv.set_input(dy);
+  const std::optional<PixelUnits> units = conv.pixels();
+  const BehindDgrad behind(conv.y, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
+                                         z_beside, mean_beside, rstd_beside}, units ? &*units : nullptr);
+  conv.set_behind(behind.reads());
+  if (conv.y.numel() > 0) {
+    const bool at_once = !units || conv.is_split();
+    if (at_once) conv.all();
+    at::parallel_for(0, behind.units(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        if (!at_once) conv.unit(u);
+        behind.take(u, behind.begin(u), behind.end(u));
+      }
+    });
   }
-  d.x = x.const_data_ptr<float>();
-  d.weights = weights.const_data_ptr<float>();
-  d.y = y.mutable_data_ptr<float>();
-  if (y.numel() > 0) run(d, x.size(0));
-  return y;
+  auto [dgamma_below, dbeta_below, dgamma_beside, dbeta_beside] = behind.sums();
+  return {conv.y, dgamma_below, dbeta_below, dgamma_beside, dbeta_beside};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnfast, CPU, m) { m.impl("winograd_conv", &winograd_conv); }
+TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
+  m.impl("winograd_conv", &winograd_conv);
+  m.impl("winograd_fwd_reduce", &winograd_fwd_reduce);
+  m.impl("winograd_dgrad_reduce", &winograd_dgrad_reduce);
+}
 
 }  // namespace bnfast

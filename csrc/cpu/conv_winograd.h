@@ -8,9 +8,12 @@
 
 #include <cstdint>
 
+#include "pixels.h"
+
 namespace bnfast {
 
 constexpr int kWinogradTile = 4;        // outputs of a tile along one side
+constexpr int kWinogradReach = 6;       // inputs that they depend on
 constexpr int kWinogradPoints = 36;     // values of a transformed tile
 constexpr int kWinogradRowGroup = 4;    // tiles of a scratch buffer are a multiple of this
 constexpr int kWinogradLanes = 16;      // channels of a block of transformed weights
@@ -18,13 +21,16 @@ constexpr int kWinogradLanes = 16;      // channels of a block of transformed we
 // x [N, H, W, C] and y [N, OH, OW, K], channels_last; the tiles of one row of tiles are neighbours.
 // weights [36, ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
 struct WinogradConv {
-  const float* x;
+  const float* x;             // or null:
+  const PixelSource* source;  // what makes x, row by row of the image
   const float* weights;
   const float* bias;
   float* y;
   int64_t channels, out_channels, height, width, out_height, out_width, padding_height, padding_width;
   int64_t tile_rows, tile_columns;   // of one image
   int64_t tiles;                     // that are transformed together, a multiple of kWinogradRowGroup
+  const Run* upcoming;               // what is needed after these tiles, fetched into the cache meanwhile
+  int upcoming_count;
   int64_t panel;                     // blocks of output channels that are transformed back together
 
   static int64_t blocks(int64_t count) { return (count + kWinogradLanes - 1) / kWinogradLanes; }
@@ -33,9 +39,14 @@ struct WinogradConv {
   int64_t matrix(int64_t columns) const { return tiles * columns + kWinogradLanes; }
   int64_t input_columns() const { return blocks(channels) * kWinogradLanes; }
   int64_t panel_columns() const { return panel * kWinogradLanes; }
-  // One padded input pixel of zeros, the transformed input, the products; each 64-byte aligned.
+  // Rows of x that are made: those of a row of tiles, behind room for what a source writes in front of them.
+  int64_t made_floats() const {
+    if (!source) return 0;
+    return blocks((kWinogradReach * width + source->granularity()) * channels) * kWinogradLanes;
+  }
+  // One padded input pixel of zeros, the transformed input, the products, the rows that are made; each 64-byte aligned.
   int64_t scratch_floats() const {
-    return input_columns() + kWinogradPoints * (matrix(input_columns()) + matrix(panel_columns()));
+    return input_columns() + kWinogradPoints * (matrix(input_columns()) + matrix(panel_columns())) + made_floats();
   }
 };
 

@@ -1,6 +1,6 @@
 // conv_fwd and conv_dgrad of 3x3 convolutions of stride 1 in Winograd's form (conv_winograd.h), float32.
-// Per element of x: read 2.25 times from the cache (tiles overlap), once from memory; y is written once. The transformed tiles
-// never leave the cache. 2.25 multiplications per output and pair of channels, against 9 of the direct form.
+// Per element of x: read 2.25 times from the cache (tiles overlap), once from memory (or made by the phase in front, row by row);
+// y is written once. The transformed tiles never leave the cache. 2.25 multiplications per output and pair of channels, against 9 of the direct form.
 #pragma once
 
 #include <algorithm>
@@ -76,8 +76,8 @@ BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock&
 
 // m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights.
 template <int kTiles, int kBlocks>
-BNFAST_INLINE void multiply_tiles(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step) {
-  NothingAhead ahead;
+BNFAST_INLINE void multiply_tiles(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step,
+                                  RunsAhead& ahead) {
   multiply<kTiles, kBlocks>(v, v_step, weights, channels, ahead, [&](auto t, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
     store_block(m + t * m_step + b * kBlock, sum);
   });
@@ -88,15 +88,53 @@ constexpr int kWideTiles = BNFAST_VECTOR_BYTES == 64 ? kWideRows : kWinogradRowG
 static_assert(kWideTiles % kWinogradRowGroup == 0 && kWinogradRowGroup % kNarrowRows == 0);
 
 template <int kBlocks>
-void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step) {
+void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step,
+                   RunsAhead& ahead) {
   int64_t t = 0;
   for (; t + kWideTiles <= tiles; t += kWideTiles) {
-    multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+    multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
   }
   for (; t < tiles; t += kNarrowRows) {
-    multiply_tiles<kNarrowRows, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step);
+    multiply_tiles<kNarrowRows, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
   }
 }
+
+// The six rows of x that a row of tiles depends on, null where they are outside. Rows that are made are kept for the next row of
+// tiles, which depends on two of them: row r lies in place r modulo 6.
+class InputRows {
+ public:
+  InputRows(const WinogradConv& d, float* made) : d_(d) {
+    if (d.source) made_ = made + d.source->granularity() * d.channels;
+  }
+
+  const float* const* of(int64_t tile_row) {
+    if (tile_row == tile_row_) return rows_;
+    tile_row_ = tile_row;
+    const int64_t image = tile_row / d_.tile_rows, length = d_.width * d_.channels;
+    const int64_t first = tile_row % d_.tile_rows * kWinogradTile - d_.padding_height;
+    if (image != image_) image_ = image, next_ = 0;
+    for (int64_t i = 0; i < kWinogradReach; ++i) {
+      const int64_t r = first + i;
+      if (r < 0 || r >= d_.height) {
+        rows_[i] = nullptr;
+      } else if (!made_) {
+        rows_[i] = d_.x + (image * d_.height + r) * length;
+      } else {
+        float* to = made_ + r % kWinogradReach * length;
+        const int64_t begin = (image * d_.height + r) * d_.width;
+        if (r >= next_) d_.source->write_from(begin, begin + d_.width, d_.channels, to), next_ = r + 1;
+        rows_[i] = to;
+      }
+    }
+    return rows_;
+  }
+
+ private:
+  const WinogradConv& d_;
+  float* made_ = nullptr;
+  int64_t tile_row_ = -1, image_ = -1, next_ = 0;   // next_: the first row of the image that is not made
+  const float* rows_[kWinogradReach];
+};
 
 inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
   const int64_t in_columns = d.input_columns(), panel_columns = d.panel_columns();
@@ -105,20 +143,21 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
   float* const transformed = zeros + in_columns;
   float* const products = transformed + kWinogradPoints * in_matrix;
   std::fill(zeros, zeros + in_columns, 0.0f);
+  RunsAhead ahead(d.upcoming, d.upcoming_count);
+  InputRows input(d, products + kWinogradPoints * panel_matrix);
   const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns;
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
     const int64_t count = std::min(d.tiles, last_tile - from_tile);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
-      const int64_t h = row % d.tile_rows * kWinogradTile - d.padding_height, w = column * kWinogradTile - d.padding_width;
-      const float* image = d.x + row / d.tile_rows * d.height * d.width * d.channels;
+      const int64_t w = column * kWinogradTile - d.padding_width;
+      const float* const* lines = input.of(row);
       const float* from[36];
-      const bool whole = h >= 0 && w >= 0 && h + 6 <= d.height && w + 6 <= d.width;
       for (int64_t i = 0; i < 6; ++i) {
         for (int64_t j = 0; j < 6; ++j) {
-          const bool inside = whole || (h + i >= 0 && h + i < d.height && w + j >= 0 && w + j < d.width);
-          from[i * 6 + j] = inside ? image + ((h + i) * d.width + w + j) * d.channels : zeros;
+          const bool inside = lines[i] && w + j >= 0 && w + j < d.width;
+          from[i * 6 + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
         }
       }
       float* to = transformed + t * in_columns;
@@ -135,10 +174,10 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
         float* m = products + point * panel_matrix;
         int64_t b = 0;
         for (; b + kWideBlocks <= width; b += kWideBlocks) {
-          multiply_rows<kWideBlocks>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns);
+          multiply_rows<kWideBlocks>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns, ahead);
         }
         if (b < width) {
-          multiply_rows<1>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns);
+          multiply_rows<1>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns, ahead);
         }
       }
       for (int64_t t = 0; t < count; ++t) {

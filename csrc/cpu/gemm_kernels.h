@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "pixels.h"
 #include "vec.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
@@ -19,29 +20,32 @@ BNFAST_INLINE void unrolled(F f) {
 
 using FloatBlock = Block<float>;
 
-// Two runs of memory that will be needed soon, fetched line by line beside the arithmetic. Rows of several streams that end and
-// begin again defeat the prefetcher of the hardware; a straight walk through what comes next does not depend on it.
-class Ahead {
+// Memory that will be needed soon, fetched beside the arithmetic: run after run, two lines at a time. Rows of several streams that end
+// and begin again defeat the prefetcher of the hardware; a straight walk through what comes next does not depend on it.
+class RunsAhead {
  public:
-  // A run that is null is replaced by the one line of `warm`, which costs nothing to fetch.
-  Ahead(const float* const (&runs)[2], int64_t floats, const float* warm) {
-    for (int i = 0; i < 2; ++i) {
-      at_[i] = reinterpret_cast<const char*>(runs[i] ? runs[i] : warm);
-      end_[i] = runs[i] ? at_[i] + floats * sizeof(float) : at_[i];
-    }
-  }
+  RunsAhead(const Run* runs, int count) : next_(runs), last_(runs + count) { step(); }
   BNFAST_INLINE void line() {
-    for (int i = 0; i < 2; ++i) {
-      __builtin_prefetch(at_[i], 0, 2);
-      at_[i] = at_[i] < end_[i] ? at_[i] + 64 : at_[i];
-    }
+    __builtin_prefetch(at_, 0, 2);
+    __builtin_prefetch(at_ + 64, 0, 2);
+    at_ += 128;
+    if (__builtin_expect(at_ >= end_, 0)) step();
   }
 
  private:
-  const char *at_[2], *end_[2];
-};
-struct NothingAhead {
-  BNFAST_INLINE void line() {}
+  void step() {
+    if (next_ == last_) {
+      // One line again and again costs nothing.
+      at_ = reinterpret_cast<const char*>(&next_);
+      end_ = at_;
+      return;
+    }
+    at_ = static_cast<const char*>(next_->begin);
+    end_ = at_ + next_->bytes;
+    ++next_;
+  }
+  const Run *next_, *last_;
+  const char *at_, *end_;
 };
 
 // Calls put(row, block, sum) with each FloatBlock of [kRows, kBlocks * 16] = v [kRows, channels] times kBlocks blocks of weights

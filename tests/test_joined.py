@@ -1,0 +1,286 @@
+"""The CPU's convolutions with the phases in front of them and behind them, piece by piece: what is computed of each element is what
+the phases one after the other compute, bit for bit; sums are held to float64."""
+
+import math
+
+import pytest
+import torch
+from closeness import assert_bit_equal, assert_close_to_oracle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bnfast import native, ops, reference
+from bnfast.reference import Above, Below, Beside, Norm
+
+pytestmark = [
+    pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable)),
+    pytest.mark.usefixtures("poisoned_memory", "everywhere"),
+]
+
+ONES = [1, 1]
+STATS = (None, None, None, 0.1, 1e-5)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Our convolutions wherever they can be used, not only where they pay."""
+    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+
+
+def last(*size: int, mean: float = 0.0) -> torch.Tensor:
+    return (torch.randn(size) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def norm(channels: int) -> Norm:
+    """Vectors of a unit whose z is off centre by 2."""
+    return Norm(
+        torch.randn(channels) + 2,
+        torch.rand(channels) + 0.5,
+        torch.randn(channels),
+        torch.randn(channels),
+    )
+
+
+def frozen(out_channels: int, channels: int, kernel: int) -> torch.Tensor:
+    weight = torch.randn(out_channels, channels, kernel, kernel) / math.sqrt(channels) / kernel
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+SIZES = dict(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([2, 7, 16, 24, 32, 48]),
+    out_channels=st.sampled_from([2, 5, 16, 24, 32, 64]),
+    height=st.integers(1, 15),
+    width=st.sampled_from([2, 3, 4, 7, 8, 13, 16, 29]),
+    kernel=st.sampled_from([1, 3]),
+    pad=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+MANY = settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+LARGE = [
+    ((2, 24, 41, 43), 144, 1),
+    ((2, 32, 40, 36), 48, 3),
+    ((9, 64, 8, 8), 64, 3),
+    ((1, 16, 9, 400), 16, 3),
+    ((2, 200, 7, 6), 300, 3),
+    ((3, 144, 30, 31), 24, 1),
+]
+
+
+def geometry(kernel: int, pad: int) -> tuple:
+    return ONES, [pad if kernel == 3 else 0] * 2, ONES, 1
+
+
+def output_size(size: int, kernel: int, pad: int) -> int:
+    return size if kernel == 1 else size + 2 * pad - 2
+
+
+def check_moments(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> None:
+    wide = z.double()
+    var, centre = torch.var_mean(wide, (0, 2, 3), correction=0)
+    assert_close_to_oracle(
+        mean, centre, [], "mean", scale=wide.abs().amax((0, 2, 3)), terms=z.numel()
+    )
+    exact = (var + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), exact, rtol=2e-5, atol=0)
+
+
+def check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias) -> None:
+    z = last(*size, mean=2)
+    own = norm(size[1]) if has_norm else None
+    weight = frozen(out_channels, size[1], kernel)
+    bias = torch.randn(out_channels) if has_bias else None
+    conv = (weight, bias, *geometry(kernel, pad))
+    found, mean, rstd = native.bn_fwd_apply_conv_fwd_reduce(
+        z, own, act if has_norm else "identity", 0.1, *conv, *STATS
+    )
+    x = native.bn_fwd_apply(z, *own, None, act, 0.1, False)[0] if has_norm else z
+    assert_bit_equal(found, native.conv_forward(x, *conv), "z")
+    check_moments(found, mean, rstd)
+
+
+@MANY
+@given(act=st.sampled_from(reference.ACTS), has_norm=st.booleans(), has_bias=st.booleans(), **SIZES)
+def test_forward_on_random_shapes(
+    batch, channels, out_channels, height, width, kernel, pad, seed, act, has_norm, has_bias
+):
+    if min(output_size(s, kernel, pad) for s in (height, width)) < 1:
+        return
+    torch.manual_seed(seed)
+    size = (batch, channels, height, width)
+    check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias)
+
+
+def check_backward(
+    size, out_channels, kernel, pad, act, below_act, has_above, has_add, kind, beside
+):
+    """size: of the input of the convolution forward. kind: of the unit below: "none", "from z" or "bits"."""
+    batch, channels, height, width = size
+    weight = frozen(out_channels, channels, kernel)
+    conv = (weight, [height, width], *geometry(kernel, pad))
+    out = (batch, out_channels, *(output_size(s, kernel, pad) for s in (height, width)))
+    dy = last(*out)
+    above = None
+    dz = dy
+    if has_above:
+        own = norm(out_channels)
+        sums = (torch.randn(out_channels) * 3, torch.randn(out_channels) * 3)
+        above = Above(last(*out, mean=2), *own, *sums)
+        dz, _ = native.bn_bwd_apply(dy, above.z, *own, None, None, *sums, act, 0.1, False)
+    add = last(*size) if has_add else None
+    z = last(*size, mean=2)
+    own = norm(channels)
+    below = bits = by = None
+    if kind == "bits":
+        if below_act not in reference.BIT_ACTS:
+            below_act = "relu"
+        _, bits = native.bn_fwd_apply(z, *own, last(*size), below_act, 0.1, True)
+    if kind != "none":
+        below = Below(z, bits, *own)
+        if beside and (bits is not None or below_act == "identity"):
+            by = Beside(last(*size, mean=-1), torch.randn(channels) - 1, torch.rand(channels) + 0.5)
+    dx, found, found_beside = native.bn_bwd_apply_conv_dgrad_reduce(
+        dy, above, act, 0.1, None, "identity", 0.0, *conv, add, below, below_act, 0.1, by
+    )
+    expected = native.conv_dgrad(dz, *conv)
+    if add is not None:
+        expected = expected + add
+    if bits is not None:
+        _, expected = native.bn_bwd_apply(
+            expected, z, *own, None, bits, None, None, below_act, 0.1, True
+        )
+    assert_bit_equal(dx, expected.contiguous(memory_format=torch.channels_last), "dx")
+    assert (found is None) == (below is None) and (found_beside is None) == (by is None)
+    act = "identity" if bits is not None else below_act
+    for sums, unit in ((found, below and (z, *own)), (found_beside, by and (*by, None, None))):
+        if sums is not None:
+            check_sums(dx, sums, unit, act)
+
+
+def check_sums(dx, sums, unit, act) -> None:
+    """dgamma and dbeta against those of the phase alone in float64; db is taken in float32, whose mask it is."""
+    z, mean, rstd, gamma, beta = unit
+    db = dx
+    if act != "identity":
+        vectors = (mean, rstd, gamma, beta, None, None, None, None)
+        _, db = native.bn_bwd_apply(dx, z, *vectors, act, 0.1, True)
+    wide = db.double()
+    shape = (1, -1, 1, 1)
+    hat = (z.double() - mean.double().view(shape)) * rstd.double().view(shape)
+    for name, value, terms in (("dgamma", sums[0], wide * hat), ("dbeta", sums[1], wide)):
+        oracle = terms.sum((0, 2, 3))
+        scale = terms.abs().sum((0, 2, 3)) + 1e-30
+        assert_close_to_oracle(value, oracle, [], name, scale=scale, terms=dx.numel())
+
+
+@MANY
+@given(
+    act=st.sampled_from(reference.ACTS),
+    below_act=st.sampled_from(reference.ACTS),
+    has_above=st.booleans(),
+    has_add=st.booleans(),
+    kind=st.sampled_from(["none", "from z", "bits"]),
+    beside=st.booleans(),
+    **SIZES,
+)
+def test_backward_on_random_shapes(
+    batch, channels, out_channels, height, width, kernel, pad, seed, act, below_act, has_above,
+    has_add, kind, beside,
+):  # fmt: skip
+    if min(output_size(s, kernel, pad) for s in (height, width)) < 1:
+        return
+    torch.manual_seed(seed)
+    check_backward(
+        (batch, channels, height, width), out_channels, kernel, pad, act, below_act, has_above,
+        has_add, kind, beside,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size, out_channels, kernel", LARGE, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_units_of_work(size, out_channels, kernel, threads):
+    torch.set_num_threads(threads)
+    check_forward(size, out_channels, kernel, 1, "relu", True, False)
+    check_backward(
+        size, out_channels, kernel, 1, "silu", "relu", True, True, "bits", size[1] % 2 == 0
+    )
+    check_backward(size, out_channels, kernel, 1, "relu", "hardswish", True, False, "from z", False)
+
+
+@pytest.mark.parametrize("size, out_channels, kernel", LARGE, ids=str)
+def test_bits_are_the_same_for_any_number_of_threads(size, out_channels, kernel):
+    z, own = last(*size), norm(size[1])
+    weight = frozen(out_channels, size[1], kernel)
+    conv = geometry(kernel, 1)
+    dy = last(size[0], out_channels, *size[2:])
+    above = Above(
+        last(*dy.shape), *norm(out_channels), torch.randn(out_channels), torch.randn(out_channels)
+    )
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        forward = native.bn_fwd_apply_conv_fwd_reduce(
+            z, own, "relu", 0.0, weight, None, *conv, *STATS
+        )
+        dx, sums, _ = native.bn_bwd_apply_conv_dgrad_reduce(
+            dy, above, "relu", 0.0, None, "identity", 0.0, weight, list(size[2:]), *conv, None,
+            Below(z, None, *own), "relu", 0.0, None,
+        )  # fmt: skip
+        results.append((*forward, dx, *sums))
+    for result in results[1:]:
+        for value, expected in zip(result, results[0], strict=True):
+            assert_bit_equal(value, expected, "any number of threads")
+
+
+def test_running_statistics():
+    x, weight = last(2, 16, 8, 8, mean=3), frozen(16, 16, 3)
+    running = [torch.zeros(16), torch.ones(16), torch.tensor(0)]
+    z, *_ = native.bn_fwd_apply_conv_fwd_reduce(
+        x, None, "identity", 0.0, weight, None, *geometry(3, 1), *running, 0.3, 1e-5
+    )
+    var, mean = torch.var_mean(z.double(), (0, 2, 3))
+    torch.testing.assert_close(running[0].double(), 0.3 * mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(running[1].double(), 0.7 + 0.3 * var, rtol=1e-5, atol=1e-6)
+    assert running[2] == 1
+
+
+def test_a_chain_takes_them(monkeypatch):
+    """The basic block's chain: both ways, what the unit-by-unit form computes; and it is the joined form that ran."""
+    torch.manual_seed(0)
+    units = [
+        ops.Unit(
+            frozen(16, 16, 3), None, (1, 1), (1, 1), (1, 1), gamma=torch.rand(16) + 0.5,
+            beta=torch.randn(16), running_mean=torch.zeros(16), running_var=torch.ones(16), act="relu",
+            residual_source=r,
+        )
+        for r in (None, -1, None, 1)
+    ]  # fmt: skip
+    for unit in units:
+        unit.gamma.requires_grad_()
+        unit.beta.requires_grad_()
+    x, dy = last(4, 16, 12, 12, mean=1), last(4, 16, 12, 12)
+    calls = []
+    joined = native._conv_fwd_reduce_joined
+    monkeypatch.setattr(
+        native, "_conv_fwd_reduce_joined", lambda *args: calls.append(args[0]) or joined(*args)
+    )
+    results = []
+    for chains in (True, False):
+        monkeypatch.setattr(native, "_chains", chains)
+        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        for unit in units:
+            unit.gamma.grad = unit.beta.grad = None
+        y = ops.frozen_conv_bn_act(given, units, "cpu")
+        y.backward(dy)
+        results.append(
+            [y.detach(), given.grad, *(t.grad for u in units for t in (u.gamma, u.beta))]
+        )
+    assert [isinstance(norm, Norm) for norm in calls] == [False, True, False, True] + 4 * [False]
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
