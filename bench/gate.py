@@ -130,6 +130,13 @@ def check_first_step(case: cases.Step, sides: Mapping[str, peers.TrainingStep]) 
         _require(f"{case.id} at full size, {what}", (found - exact).norm().item(), allowed)
 
 
+def check_inference(case: cases.Step, sides: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+    """The logits of the forward passes that will be timed, as a vector norm, against eager's: 0.1 %, as in `check_first_step`."""
+    truth, ours = (sides[name]().double() for name in (peers.EAGER, OURS))
+    _error(case.id, ours, truth)
+    _require(f"{case.id} in evaluation", (ours - truth).norm().item(), 1e-3 * truth.norm().item())
+
+
 def _pre_activation(case: cases.Phase, data: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """gamma * (x - mean) * rstd + beta [+ residual] in float64, [N, C, H, W]."""
     x = data["x"].double()

@@ -129,6 +129,38 @@ def training_steps(
     return sides
 
 
+def inference(
+    case: cases.Step, device: torch.device, *, compiled: bool = True, convert: Convert = convert
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Every side of a forward pass in evaluation mode by name, ours last; each call returns the logits. Running statistics are those
+    of one batch, so that activations keep their size."""
+    torch._dynamo.reset()
+    base = build_frozen(case.network).to(device)
+    x = images(case.batch, case.size).to(device).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for module in base.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+        base(x)
+    base.eval()
+
+    def side(model: nn.Module) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        return run
+
+    def channels_last() -> nn.Module:
+        return copy.deepcopy(base).to(memory_format=torch.channels_last)
+
+    sides = {EAGER: side(channels_last())}
+    if compiled:
+        sides[COMPILED] = side(torch.compile(channels_last(), dynamic=False))
+    sides[OURS] = side(convert(copy.deepcopy(base)))
+    return sides
+
+
 def _act(y: torch.Tensor, act: str) -> torch.Tensor:
     """`act` the way the networks write it: in place."""
     if act == "identity":

@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import cases, gate, memory, peers, report, steps, timing
+from bench import cases, engine, gate, memory, peers, report, roofline, steps, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -119,6 +119,54 @@ def test_red_gate_prints_no_number(wrong, capsys):
     assert steps.main(MICRO, convert=wrong) == 1
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.startswith("resnet20-f32 batch 4 size 16: gate failed: resnet20")
+
+
+@pytest.mark.parametrize(
+    "network, products", [("resnet18", 1.814e9), ("resnet50", 4.089e9), ("mobilenet_v2", 0.3008e9)]
+)
+def test_roofline_counts_what_the_networks_are_known_for(network, products):
+    convolutions = roofline.convolutions(network, 224)
+    assert sum(c.products for c in convolutions) == pytest.approx(products, rel=2e-3)
+    rates = roofline.Rates(flops=1e12, bytes=1e30)
+    case = cases.step(network, "f32", 4)
+    ideal = roofline.seconds(case, rates)
+    direct = 4 * 2 * 2 * products / 1e12
+    assert (
+        ideal < direct if network.startswith("resnet") else ideal == pytest.approx(direct, rel=0.1)
+    )
+    assert roofline.seconds(case, rates, training=False) < 0.55 * ideal + 1e-3
+    bound = roofline.seconds(case, roofline.Rates(flops=1e30, bytes=1e9))
+    assert bound > roofline.seconds(cases.step(network, "bf16", 4), roofline.Rates(1e30, 1e9)) * 1.9
+
+
+def test_engine_table(tmp_path, monkeypatch, capsys):
+    """A micro row of each kind, gate to page."""
+    rows = (
+        engine.Row("resnet20", "f32", 2, 0.0, 1.0),
+        engine.Row("resnet20", "f32", 2, 1e9, 1.0, False),
+    )
+    monkeypatch.setattr(engine, "ROWS", rows)
+    output = tmp_path / "engine.md"
+    assert engine.main(["--rounds", "1", "--no-compile", "--output", str(output)]) == 0
+    lines = [line for line in output.read_text().splitlines() if line.startswith("| resnet20")]
+    assert len(lines) == 2 and " *" not in lines[0] and " *" in lines[1]
+    found = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert [row["id"] for row in found] == ["resnet20-f32", "resnet20-eval"]
+    assert all(row["ideal"] > 0 and row["roofline"] > 0 for row in found)
+    with pytest.raises(SystemExit) as error:
+        engine.main(["--rows", "resnet21-f32"])
+    assert error.value.code == 2
+    assert "resnet21-f32" in capsys.readouterr().err
+
+
+def test_inference_gate_sees_a_wrong_number():
+    case = cases.step("resnet20", "f32", 2)
+    sides = peers.inference(case, CPU, compiled=False)
+    gate.check_inference(case, sides)
+    ours = sides[timing.OURS]
+    sides[timing.OURS] = lambda: ours() * 1.01
+    with pytest.raises(gate.GateError, match="evaluation"):
+        gate.check_inference(case, sides)
 
 
 def scaled_output(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
