@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import dispatch
 from .freezing import freeze
 from .nn import FROZEN_CLASSES, NORM_CLASSES, ORIGINAL_CLASSES, Options, PlannedForward
 from .planning import BlockPlans, is_norm, norm_act, plans_of
+from .weights import kept
 
 _FORMATS = (torch.channels_last, torch.contiguous_format, None)
 
@@ -101,16 +103,60 @@ class Entry:
     reason: str | None  # why it is left, or why its convolution is not in the unit
 
 
+@dataclass(frozen=True)
+class KeptWeight:
+    """The transformed weights that a convolution which has run keeps for its next run; they are a cache, in no state_dict."""
+
+    name: str  # its path in the model
+    forms: dict[str, int]  # bytes by the kind of form, which says how it runs; see _RUNS
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.forms.values())
+
+
+# What a form of a weight is for.
+_RUNS = {
+    "winograd": "Winograd",
+    "pointwise": "product",
+    "packed": "oneDNN",
+    "taps": "direct",
+    "rotated": "PyTorch",
+    "cast": "PyTorch",
+}
+
+
 @dataclass
 class Report:
-    """Every BatchNorm of a model: fused as ..., or left, because ... Prints as a table."""
+    """Every BatchNorm of a model: fused as ..., or left, because ...; and the transformed weights that its convolutions keep, once they
+    have run. Prints as a table."""
 
     fused: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
+    kept: list[KeptWeight] = field(default_factory=list)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all transformed weights; `clear_cache()` gives them back until the next step."""
+        return sum(weight.nbytes for weight in self.kept)
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Plain lists and dictionaries, for JSON."""
-        return {"fused": [asdict(e) for e in self.fused], "left": [asdict(e) for e in self.left]}
+        parts = {"fused": self.fused, "left": self.left, "kept": self.kept}
+        return {name: [asdict(entry) for entry in entries] for name, entries in parts.items()}
+
+    def _of_weights(self) -> list[str]:
+        """One line on the transformed weights, where there are any: how many convolutions run how."""
+        if not self.kept:
+            return []
+        counts: dict[str, int] = {}
+        for weight in self.kept:
+            for run in {_RUNS.get(form, form) for form in weight.forms}:
+                counts[run] = counts.get(run, 0) + 1
+        runs = ", ".join(f"{count} {run}" for run, count in sorted(counts.items()))
+        return [
+            f"{self.kept_bytes / 1e6:.1f} MB of transformed weights kept for {len(self.kept)} convolutions: {runs}"
+        ]
 
     def __str__(self) -> str:
         rows = [("BatchNorm", "runs as", "in block", "because")]
@@ -124,16 +170,21 @@ class Report:
             for row in rows
         ]
         total = len(self.fused) + len(self.left)
-        return "\n".join([*lines, f"{len(self.fused)} of {total} BatchNorms fused"])
+        end = f"{len(self.fused)} of {total} BatchNorms fused"
+        return "\n".join([*lines, *self._of_weights(), end])
 
 
 def explain(model: nn.Module) -> Report:
-    """What convert() did to each BatchNorm of a converted model, or would do to an unconverted one (which stays as it is)."""
+    """What convert() did to each BatchNorm of a converted model, or would do to an unconverted one (which stays as it is); and how the
+    convolutions of a converted model ran, by the transformed weights that they keep since."""
     if not any("_bnfast_found" in m.__dict__ for m in model.modules()):
         model = convert(model, train="keep")
     report = Report()
     paths = dict(model.named_modules())
     for name, module in paths.items():
+        forms = kept(module.weight) if isinstance(module, _ConvNd) else {}
+        if forms:
+            report.kept.append(KeptWeight(name, forms))
         if not _is_any_norm(module):
             continue
         kind = ORIGINAL_CLASSES.get(type(module), type(module)).__name__

@@ -155,8 +155,10 @@ def fuses_chain(x, weight, stride, padding, dilation, groups):
 
 
 def _joins(x, weight, stride, padding, dilation, groups):
+    # One channel is NCHW as well as channels_last, and what comes of it might be either.
     return (
         _is_eager(x)
+        and min(weight.shape[:2]) > 1
         and x.device.type == "cpu"
         and _memory_format(x) == torch.channels_last
         and (

@@ -41,7 +41,7 @@ def serves(
         groups != 1
         or x.dtype != torch.float32
         or tuple(kernel) != (1, 1)
-        or any(s != 1 for s in stride)
+        or tuple(stride) != (1, 1)
         or any(padding)
     ):
         return False

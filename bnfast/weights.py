@@ -58,6 +58,18 @@ def cache_bytes() -> int:
     return sum(t.nbytes for entry in list(_entries.values()) for t in entry.forms.values())
 
 
+def kept(weight: Tensor) -> dict[str, int]:
+    """What is kept of a weight now: bytes by the kind of form, its name's first word."""
+    entry = _entries.get(id(weight))
+    found: dict[str, int] = {}
+    if entry is None or entry.weight() is not weight:
+        return found
+    for form, made in entry.forms.items():
+        name = (form if isinstance(form, str) else str(form[0])).split()[0]
+        found[name] = found.get(name, 0) + made.nbytes
+    return found
+
+
 def _forget(key: int, ref: weakref.ref) -> None:
     entry = _entries.get(key)
     if entry is not None and entry.weight is ref:

@@ -57,17 +57,18 @@ def serves(
         groups != 1
         or x.dtype != torch.float32
         or tuple(kernel) != (3, 3)
-        or any(s != 1 for s in (*stride, *dilation))
-        or any(p < 0 for p in padding)
+        or tuple(stride) != (1, 1)
+        or tuple(dilation) != (1, 1)
     ):
         return False
     mode = os.environ.get("BNFAST_WINOGRAD", "")
     if mode == "0" or getattr(_conv_precision, "fp32_precision", None) == "ieee":
         return False
-    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
-    if height < 1 or width < 1:
+    down, across = padding
+    height, width = x.shape[2] + 2 * down - 2, x.shape[3] + 2 * across - 2
+    if height < 1 or width < 1 or down < 0 or across < 0:
         return False  # the stock convolution says what is wrong
     if mode == "1":
         return True
-    waste = 16 * math.ceil(height / 4) * math.ceil(width / 4) / (height * width)
+    waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
     return min(x.shape[1], out_channels) >= 16 and waste <= _MOST_WASTE and capability != "baseline"

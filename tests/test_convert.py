@@ -13,7 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnfast
+from bnfast import native
 from bnfast.measure import saved_activation_bytes
+
+needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
 
 
 class Block(nn.Module):
@@ -790,6 +793,35 @@ def test_second_convert_changes_nothing():
     assert [m.__dict__.get("forward") for m in model.modules()] == plans
     assert str(bnfast.explain(model)) == told
     agree(bnfast.revert(copy.deepcopy(model)), bnfast.convert(model, train="keep"), X)
+
+
+@needs_native
+def test_explain_tells_how_convolutions_ran_and_what_they_keep(monkeypatch):
+    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+    )  # fmt: skip
+    converted = bnfast.convert(model)
+    assert not bnfast.explain(converted).kept
+    x = torch.randn(2, 3, 17, 17).contiguous(memory_format=torch.channels_last)
+    y = converted(x)
+    y.backward(torch.randn_like(y))
+    told = bnfast.explain(converted)
+    assert {w.name: set(w.forms) for w in told.kept} == {
+        "0": {"packed"}, "3": {"pointwise"}, "6": {"winograd"},
+    }  # fmt: skip
+    by_name = {w.name: w.nbytes for w in told.kept}
+    # Both directions: [32 / 16, 16, 16] and [16 / 16, 32, 16]; 36 points of [32 / 16, 32, 16] twice.
+    assert by_name["3"] == 2 * 32 * 16 * 4 and by_name["6"] == 2 * 36 * 32 * 32 * 4
+    assert told.kept_bytes == sum(by_name.values())
+    line = str(told).splitlines()[-2]
+    assert line.endswith("kept for 3 convolutions: 1 Winograd, 1 oneDNN, 1 product")
+    assert {entry["name"] for entry in told.to_dict()["kept"]} == {"0", "3", "6"}
+    bnfast.clear_cache()
+    assert not bnfast.explain(converted).kept
 
 
 def test_explain_reports_each_norm_once():

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bnfast
-from bnfast import native, winograd
+from bnfast import native, ops, winograd
 from bnfast.weights import cache_bytes
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -194,3 +194,121 @@ def test_empty_batch(everywhere):
         1,
     )
     assert y.shape == (0, 16, 8, 8)
+
+
+# ---- units on many shapes and kinds of data ----------------------------------------------------------------------------
+
+
+def of_kind(kind: str, size: tuple[int, ...]) -> torch.Tensor:
+    """x [N, C, H, W]: what reaches a convolution in a network, and what breaks sums."""
+    x = torch.randn(size)
+    if kind == "off centre":
+        x = x + torch.randn(1, size[1], 1, 1) * 30
+    elif kind == "tiny":
+        x = x * 1e-4
+    elif kind == "huge":
+        x = x * 1e4 - 2e4
+    elif kind == "half zeros":
+        x = x.relu()
+    elif kind == "heavy tails":
+        x = x * torch.randn(size).exp() ** 2
+    elif kind == "one outlier":
+        x[0, 0, 0, 0] = 1e3
+    elif kind == "dead channels":
+        x[:, ::2] = 0
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def two_units(weights, vectors, act: str) -> list[ops.Unit]:
+    return [
+        ops.Unit(
+            w, None, (1, 1), (1, 1), (1, 1), gamma=g, beta=b, act=act, running_mean=None,
+            running_var=None,
+        )
+        for w, (g, b) in zip(weights, vectors, strict=True)
+    ]  # fmt: skip
+
+
+def plain(x, weights, vectors, act: str) -> torch.Tensor:
+    for w, (g, b) in zip(weights, vectors, strict=True):
+        x = F.batch_norm(F.conv2d(x, w, padding=1), None, None, g, b, True)
+        x = F.silu(x) if act == "silu" else x
+    return x
+
+
+def results(run, x, weights, vectors, dy) -> list[torch.Tensor]:
+    """y, dx, and dgamma and dbeta of both units."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    vectors = [tuple(v.detach().clone().requires_grad_() for v in pair) for pair in vectors]
+    y = run(x, weights, vectors)
+    leaves = [x, *(v for pair in vectors for v in pair)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def errors(found, exact) -> list[float]:
+    """Relative errors in the 2-norm; 0 / 0 is 0."""
+    return [
+        (torch.linalg.vector_norm(f.double() - e) / torch.linalg.vector_norm(e).clamp_min(1e-300)).item()
+        for f, e in zip(found, exact, strict=True)
+    ]  # fmt: skip
+
+
+@settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    batch=st.integers(1, 4),
+    channels=st.sampled_from([1, 3, 8, 16, 17, 32]),
+    between=st.sampled_from([2, 5, 16, 24]),
+    out_channels=st.sampled_from([1, 4, 16, 19]),
+    height=st.integers(1, 13),
+    width=st.integers(1, 13),
+    act=st.sampled_from(["identity", "silu"]),
+    kind=st.sampled_from(
+        ["normal", "off centre", "tiny", "huge", "half zeros", "heavy tails", "one outlier", "dead channels"]
+    ),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_units_are_within_eight_times_of_stock_pytorch(
+    everywhere, batch, channels, between, out_channels, height, width, act, kind, seed
+):
+    """Two units, joined: every result's error against float64 is at most 8 times that of the worse stock layout, or 1e-5 times the
+    conditioning of the normalisations where that is more (their inputs' size over their deviation)."""
+    if batch * height * width < 4:
+        return
+    torch.manual_seed(seed)
+    x = of_kind(kind, (batch, channels, height, width))
+    weights = [frozen(between, channels), frozen(out_channels, between)]
+    vectors = [(torch.rand(n) + 0.5, torch.randn(n)) for n in (between, out_channels)]
+    dy = torch.randn(batch, out_channels, height, width)
+    wide = [w.double() for w in weights]
+
+    def stock(x, w, v):
+        return plain(x, w, v, act)
+
+    def ours(x, w, v):
+        return ops.frozen_conv_bn_act(x, two_units(w, v, act), "cpu")
+
+    double = [tuple(v.double() for v in pair) for pair in vectors]
+    exact = results(stock, x.double(), wide, double, dy.double())
+    apart = [
+        errors(results(stock, x.contiguous(memory_format=f), weights, vectors, dy), exact)
+        for f in (torch.contiguous_format, torch.channels_last)
+    ]
+    found = results(ours, x, weights, vectors, dy)
+    assert all(t.isfinite().all() for t in found)
+    conditioning = 1.0
+    z = x.double()
+    for w, (g, b) in zip(wide, double, strict=True):
+        z = F.conv2d(z, w, padding=1)
+        deviation = (z.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+        conditioning *= 1 + (z.abs().amax((0, 2, 3)) / deviation).max().item()
+        z = F.batch_norm(z, None, None, g, b, True)
+        z = F.silu(z) if act == "silu" else z
+    names = ("y", "dx", "dgamma 1", "dbeta 1", "dgamma 2", "dbeta 2")
+    for name, error, *stocks in zip(names, errors(found, exact), *apart, strict=True):
+        allowed = max(8 * max(stocks), 1e-5 * conditioning)
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
