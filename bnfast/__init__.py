@@ -12,6 +12,7 @@ from .conversion import Report, convert, explain, revert
 from .dispatch import backends, use_backend
 from .freezing import affine_parameters, freeze, freeze_statistics
 from .random_weights import merge_random_weights, train_random_weights
+from .tuning import tune
 from .weights import clear_cache
 
 __version__ = "0.1.0"
@@ -33,5 +34,6 @@ __all__ = [
     "revert",
     "save_affine",
     "train_random_weights",
+    "tune",
     "use_backend",
 ]

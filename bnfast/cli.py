@@ -1,4 +1,4 @@
-"""The command line: bnfast train | sweep | report | explain | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
+"""The command line: bnfast train | sweep | report | explain | tune | doctor. Exit codes: 0 done, 1 training failed, 2 wrong
 use, 130 interrupted.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bnfast import distributed, models, sweep
+from bnfast import dispatch, distributed, models, sweep, tuning
 from bnfast.recipes import TrainConfig, from_plain
 from bnfast.training import CONFIG, TrainingError, TrainResult, train
 
@@ -57,12 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="bnfast", description="BatchNorm-only training of CNNs (arXiv 2003.00152), fast."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="train | sweep | report | explain | doctor"
+        required=True, metavar="train | sweep | report | explain | tune | doctor"
     )
     _add_train(commands)
     _add_sweep(commands)
     _add_report(commands)
     _add_explain(commands)
+    _add_tune(commands)
     _add_doctor(commands)
     return parser
 
@@ -276,6 +277,60 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure which way each convolution of a model is fastest here",
+        description="Measures the ways that each convolution of a model can go on this machine, and keeps the fastest in a table that "
+        "every later run on this machine reads.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="a network of the paper, torchvision or timm"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
+    parser.add_argument("--size", type=int, default=224, help="height and width (default: 224)")
+    parser.add_argument("--channels", type=int, default=3, help="of the images (default: 3)")
+    parser.add_argument("--amp", choices=("bf16", "f16"), help="tune for autocast in this dtype")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, triton (default: auto)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls per way (default: 7)")
+    parser.add_argument(
+        "--output", help="the table (default: $BNFAST_TUNING, else in the user's cache)"
+    )
+    parser.set_defaults(command=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import bnfast
+
+    for name in ("batch", "size", "channels", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {arguments.device!r}; PyTorch sees no GPU")
+    try:
+        dispatch.check(arguments.backend)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    model = models.create(arguments.model, in_channels=arguments.channels)
+    x = torch.randn(arguments.batch, arguments.channels, arguments.size, arguments.size)
+    amp = {"bf16": torch.bfloat16, "f16": torch.float16, None: None}[arguments.amp]
+    rows = bnfast.tune(
+        model.to(arguments.device),
+        x.to(arguments.device),
+        autocast=amp,
+        backend=arguments.backend,
+        rounds=arguments.rounds,
+        file=arguments.output,
+        say=lambda line: print(line, flush=True),
+    )
+    if not rows:
+        print("nothing to choose: no convolution of this model has several ways on this backend")
+    else:
+        print(f"{len(rows)} convolutions in {arguments.output or tuning.path()}")
+    return 0
+
+
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
@@ -305,6 +360,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "c++ compiler": compiler or "not found",
         "nvcc": _find(("nvcc",)) or "not found",
         "cuda kernels": _cuda_kernels(),
+        "tuning table": tuning.state(),
         "gpu": _gpu(),
     }
     missing = []

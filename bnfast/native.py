@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import onednn, pointwise, reference, weights, winograd
+from . import onednn, pointwise, reference, tuning, weights, winograd
 from .reference import accumulator
 
 try:
@@ -90,22 +90,39 @@ def _direct_conv(x, weight, form, make, bias, stride, padding, dilation, groups)
 
 def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
     """A 3x3 convolution of stride 1 whose result is channels_last, where Winograd's form pays."""
-    return (
-        weight.dim() == 4
-        and torch.channels_last in (_memory_format(x), _memory_format(weight))
-        and winograd.serves(
-            x, weight.shape[2:], weight.shape[0], stride, padding, dilation, groups, _capability
-        )
-    )
+    if weight.dim() != 4 or torch.channels_last not in (_memory_format(x), _memory_format(weight)):
+        return False
+    geometry = (stride, padding, dilation, groups)
+    pays = winograd.serves(x, weight.shape[2:], weight.shape[0], *geometry, _capability)
+    if not tuning.is_active or winograd.is_forced():
+        return pays
+    if not winograd.can_serve(x, weight.shape[2:], *geometry):
+        return False
+    output = [size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True)]
+    return _tuned("winograd", pays, x, weight, output, geometry)
 
 
 def _runs_as_pointwise(x, weight, stride, padding, groups):
     """A 1x1 convolution of stride 1 of x in channels_last, where our own product pays."""
-    return (
-        weight.dim() == 4
-        and _memory_format(x) == torch.channels_last
-        and pointwise.serves(x, weight.shape[2:], stride, padding, groups, _capability)
+    if weight.dim() != 4 or _memory_format(x) != torch.channels_last:
+        return False
+    pays = pointwise.serves(x, weight.shape[2:], stride, padding, groups, _capability)
+    if not tuning.is_active or pointwise.is_forced():
+        return pays
+    if not pointwise.can_serve(x, weight.shape[2:], stride, padding, groups):
+        return False
+    return _tuned("product", pays, x, weight, x.shape[2:], (stride, padding, (1, 1), groups))
+
+
+def _tuned(way, pays, x, weight, output, geometry):
+    """Whether a convolution goes this way or PyTorch's, by the table of `tuning`; `pays` is the fixed rule's word. x: what it reads, or
+    dz, whose direction is not asked for."""
+    shape = tuning.Shape(
+        "cpu", str(x.dtype)[6:], tuple(weight.shape), tuple(geometry[0]), tuple(output)
     )
+    ways = (way, "direct") if pays else ("direct", way)
+    found = tuning.choice(shape, ways, x, weight, geometry)
+    return pays if found is None else found == way
 
 
 def _winograd_weight(weight):
@@ -274,8 +291,8 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
 
     margin = [r - p for r, p in zip(reach, padding, strict=True)]
     ones = [1] * len(reach)
-    if layout == torch.channels_last and winograd.serves(
-        dz, weight.shape[2:], weight.shape[1], ones, margin, dilation, groups, _capability
+    if layout == torch.channels_last and _dgrad_runs_as_winograd(
+        dz, weight, margin, dilation, groups
     ):
         turned = _rotated_winograd_weight(weight)
         return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
@@ -284,6 +301,17 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
         return torch.ops.bnfast.pointwise_conv.default(dz, packed, None, weight.shape[1])
     form = ("rotated", groups, dz.dtype, layout)
     return _direct_conv(dz, weight, form, rotated, None, ones, margin, dilation, groups)
+
+
+def _dgrad_runs_as_winograd(dz, weight, margin, dilation, groups):
+    ones = [1] * len(margin)
+    geometry = (ones, margin, dilation, groups)
+    pays = winograd.serves(dz, weight.shape[2:], weight.shape[1], *geometry, _capability)
+    if not tuning.is_active or winograd.is_forced():
+        return pays
+    if not winograd.can_serve(dz, weight.shape[2:], *geometry):
+        return False
+    return _tuned("winograd", pays, dz, weight, dz.shape[2:], geometry)
 
 
 def _is_depthwise(weight, groups):

@@ -23,6 +23,28 @@ def packed_weight(weight: Tensor) -> Tensor:
     return padded.reshape(channels, blocks, _LANES).transpose(0, 1).contiguous()
 
 
+def is_forced() -> bool:
+    """Whether BNFAST_POINTWISE says what is to be done."""
+    return os.environ.get("BNFAST_POINTWISE", "") in ("0", "1")
+
+
+def can_serve(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether the form gives the convolution of x: float32, 1x1 kernels, stride 1, no padding, one group."""
+    return (
+        groups == 1
+        and x.dtype == torch.float32
+        and tuple(kernel) == (1, 1)
+        and tuple(stride) == (1, 1)
+        and not any(padding)
+    )
+
+
 def serves(
     x: Tensor,
     kernel: tuple[int, ...],
@@ -31,20 +53,14 @@ def serves(
     groups: int,
     capability: str,
 ) -> bool:
-    """Whether the convolution of x [N, C, H, W], channels_last, runs in this form.
+    """Whether the convolution of x [N, C, H, W], channels_last, runs in this form by the fixed rule.
 
-    It can in float32 with 1x1 kernels, stride 1 and no padding. It pays with vectors of 256 bits or more, unless C is a
-    multiple of 1,024: the pixels of a tile then lie in the same few places of the L1 cache. BNFAST_POINTWISE=0 turns it off,
-    BNFAST_POINTWISE=1 uses it wherever it can be used.
+    Where it can it pays with vectors of 256 bits or more, unless C is a multiple of 1,024: the pixels of a tile then lie in the
+    same few places of the L1 cache. BNFAST_POINTWISE=0 turns it off, BNFAST_POINTWISE=1 uses it wherever it can be used.
     """
-    if (
-        groups != 1
-        or x.dtype != torch.float32
-        or tuple(kernel) != (1, 1)
-        or tuple(stride) != (1, 1)
-        or any(padding)
-    ):
+    if not can_serve(x, kernel, stride, padding, groups):
         return False
     mode = os.environ.get("BNFAST_POINTWISE", "")
-    pays = capability != "baseline" and x.shape[1] % 1024 != 0
-    return mode != "0" and (mode == "1" or pays)
+    if mode in ("0", "1"):
+        return mode == "1"
+    return capability != "baseline" and x.shape[1] % 1024 != 0

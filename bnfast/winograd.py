@@ -37,6 +37,37 @@ def transformed_weight(weight: Tensor) -> Tensor:
     return result
 
 
+def is_forced() -> bool:
+    """Whether BNFAST_WINOGRAD says what is to be done."""
+    return os.environ.get("BNFAST_WINOGRAD", "") in ("0", "1")
+
+
+def can_serve(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether the form gives the convolution of x [N, C, H, W]: float32, 3x3 kernels, stride 1, one group. Not where PyTorch is told
+    that convolutions are to be exact: torch.backends.mkldnn.conv.fp32_precision = "ieee", where it has that."""
+    if (
+        groups != 1
+        or x.dtype != torch.float32
+        or tuple(kernel) != (3, 3)
+        or tuple(stride) != (1, 1)
+        or tuple(dilation) != (1, 1)
+    ):
+        return False
+    if getattr(_conv_precision, "fp32_precision", None) == "ieee":
+        return False
+    # Else the stock convolution says what is wrong.
+    return min(padding) >= 0 and all(
+        size + 2 * p >= 3 for size, p in zip(x.shape[2:], padding, strict=True)
+    )
+
+
 def serves(
     x: Tensor,
     kernel: tuple[int, ...],
@@ -47,28 +78,16 @@ def serves(
     groups: int,
     capability: str,
 ) -> bool:
-    """Whether the convolution of x [N, C, H, W] with K = out_channels and 3x3 kernels runs in this form.
+    """Whether the convolution of x [N, C, H, W] with K = out_channels and 3x3 kernels runs in this form by the fixed rule.
 
-    It can in float32 at stride 1; it pays from 16 channels on, where tiles are not mostly outside of the output, and with
-    vectors of 256 bits or more. BNFAST_WINOGRAD=0, or torch.backends.mkldnn.conv.fp32_precision = "ieee" where PyTorch has it,
-    turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
+    Where it can it pays from 16 channels on, where tiles are not mostly outside of the output, and with vectors of 256 bits or
+    more. BNFAST_WINOGRAD=0 turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
     """
-    if (
-        groups != 1
-        or x.dtype != torch.float32
-        or tuple(kernel) != (3, 3)
-        or tuple(stride) != (1, 1)
-        or tuple(dilation) != (1, 1)
-    ):
+    if not can_serve(x, kernel, stride, padding, dilation, groups):
         return False
     mode = os.environ.get("BNFAST_WINOGRAD", "")
-    if mode == "0" or getattr(_conv_precision, "fp32_precision", None) == "ieee":
-        return False
-    down, across = padding
-    height, width = x.shape[2] + 2 * down - 2, x.shape[3] + 2 * across - 2
-    if height < 1 or width < 1 or down < 0 or across < 0:
-        return False  # the stock convolution says what is wrong
-    if mode == "1":
-        return True
+    if mode in ("0", "1"):
+        return mode == "1"
+    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
     waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
     return min(x.shape[1], out_channels) >= 16 and waste <= _MOST_WASTE and capability != "baseline"

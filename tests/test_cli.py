@@ -129,7 +129,7 @@ def test_out_that_is_a_file(tmp_path, capsys):
         (["explain"], "--model"),
         (["explain", "--model", "alexander"], "unknown model 'alexander'"),
         (["fly"], "fly"),
-        ([], "train | sweep | report | explain | doctor"),
+        ([], "train | sweep | report | explain | tune | doctor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from bnfast import reference
+from bnfast import reference, tuning
 from bnfast.cuda import input_gradient
 from bnfast.reference import (
     Above,
@@ -57,10 +57,10 @@ __all__ = [
 ]
 
 
-def forced_route() -> str:
-    """The value of BNFAST_TRITON_CONV, "cudnn" without it: no measurement says yet where another way is faster."""
-    route = os.environ.get("BNFAST_TRITON_CONV", "cudnn")
-    if route not in ("cudnn", "fused", "gram"):
+def forced_route() -> str | None:
+    """The value of BNFAST_TRITON_CONV; without it each convolution goes as `bnfast tune` has found, or cuDNN's way."""
+    route = os.environ.get("BNFAST_TRITON_CONV")
+    if route not in (None, "cudnn", "fused", "gram"):
         raise ValueError(
             f"BNFAST_TRITON_CONV is {route!r}; allowed are 'cudnn', 'fused' and 'gram'"
         )
@@ -71,17 +71,47 @@ def forced_route() -> str:
 route = forced_route()
 
 
-def is_fused(x: Tensor, weight: Tensor, groups: int) -> bool:
+def is_fused(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a convolution of x is one of this package's kernels: on the routes "fused" and "gram" wherever they can be taken, with
-    one group and [N, C, H, W] in channels_last. Else it is cuDNN's."""
+    one group and [N, C, H, W] in channels_last, or where the table of `bnfast.tuning` says so. Else it is cuDNN's."""
+    if (
+        route == "cudnn"
+        or (route is None and not tuning.is_active)
+        or not _can_fuse(x, weight, groups)
+    ):
+        return False
+    if route is not None:
+        return True
+    output = reference.conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+    return _tuned(x, weight, output, (stride, padding, dilation, groups))
+
+
+def _can_fuse(x: Tensor, weight: Tensor, groups: int) -> bool:
     return (
-        route != "cudnn"
-        and groups == 1
+        groups == 1
         and weight.dim() == 4
         and x.dtype in TRITON_DTYPES
         and x.numel() > 0
         and (_is_last(x) or _is_last(weight))
     )
+
+
+def _tuned(x: Tensor, weight: Tensor, output, geometry: tuple) -> bool:
+    """x: what the convolution reads, or dz."""
+    shape = tuning.Shape(
+        "triton", str(x.dtype)[6:], tuple(weight.shape), tuple(geometry[0]), tuple(output)
+    )
+    return tuning.choice(shape, ("cudnn", "fused"), x, weight, geometry) == "fused"
+
+
+def _dgrad_is_fused(dz: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
+    if route is None:
+        return (
+            tuning.is_active
+            and _can_fuse(dz, weight, groups)
+            and _tuned(dz, weight, dz.shape[2:], (stride, padding, dilation, groups))
+        )
+    return route != "cudnn" and _can_fuse(dz, weight, groups)
 
 
 def _is_last(t: Tensor) -> bool:
@@ -90,7 +120,9 @@ def _is_last(t: Tensor) -> bool:
 
 def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """See reference.fuses_chain. Dynamo takes no tuples for a kernel, and the chain's kernels take some."""
-    return is_fused(x, weight, groups) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and is_fused(
+        x, weight, stride, padding, dilation, groups
+    )
 
 
 def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
@@ -108,7 +140,7 @@ def conv_forward(x, weight, bias, stride, padding, dilation, groups):
     """See reference.conv_forward."""
     with device_of(x):
         geometry = (stride, padding, dilation)
-        if not is_fused(x, weight, groups):
+        if not is_fused(x, weight, *geometry, groups):
             return reference.conv_forward(x, weight, bias, *geometry, groups)
         return launch_conv(x, None, "identity", 0.0, weight, bias, *geometry, False)[0]
 
@@ -117,7 +149,7 @@ def conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     """See reference.conv_fwd_reduce."""
     with device_of(x):
         geometry = (stride, padding, dilation)
-        if is_fused(x, weight, groups):
+        if is_fused(x, weight, *geometry, groups):
             return _fused_fwd_reduce(x, weight, bias, *geometry, *stats)
         z = reference.conv_forward(x, weight, bias, *geometry, groups)
         return z, *bn_fwd_reduce(z, *stats)
@@ -127,7 +159,7 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     """See reference.conv_fwd_reduce_apply."""
     with device_of(x):
         conv = (weight, bias, stride, padding, dilation)
-        if is_fused(x, weight, groups):
+        if is_fused(x, weight, stride, padding, dilation, groups):
             z, mean, _, rstd = _fused_fwd_reduce(x, *conv, *rest[:5], with_m2=False)
             return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
         z = reference.conv_forward(x, *conv, groups)
@@ -176,7 +208,7 @@ def conv_dgrad(
     """See reference.conv_dgrad; what does not run fused goes PyTorch's way, see `bnfast.cuda.input_gradient`."""
     with device_of(dz):
         conv = (weight, input_size, stride, padding, dilation)
-        if is_fused(dz, weight, groups):
+        if _dgrad_is_fused(dz, weight, stride, padding, dilation, groups):
             return bn_bwd_apply_conv_dgrad_reduce(
                 dz, None, "identity", 0.0, None, "identity", 0.0, *conv, groups,
                 None, None, "identity", 0.0, None,
