@@ -180,14 +180,18 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
         found += record(step, variant)
     for kernel, stride, names in CONVOLUTIONS:
         found += _convolutions(dtype, kernel, stride, names)
+    if dtype in TWO:
+        names = ("forward behind bn_fwd_apply", "backward between inner units")
+        found += _convolutions(dtype, 3, 1, names, groups=64)
     found += _without_z(dtype)
-    z, r = (torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]) for _ in range(2))
-    z, r = (t.contiguous(memory_format=torch.channels_last) for t in (z, r))
-    norm = Norm(*torch.empty(4, 64))
-    both = (z, norm, r, norm, "relu", 0.0, True)
-    found += record(
-        lambda: kernels.bn_fwd_apply_both(*both), f"{dtype} channels_last relu both normalised"
-    )
+    if dtype in TWO:
+        z, r = (torch.empty(4, 64, 16, 16, dtype=DTYPES[dtype]) for _ in range(2))
+        z, r = (t.contiguous(memory_format=torch.channels_last) for t in (z, r))
+        norm = Norm(*torch.empty(4, 64))
+        both = (z, norm, r, norm, "relu", 0.0, True)
+        found += record(
+            lambda: kernels.bn_fwd_apply_both(*both), f"{dtype} channels_last relu both normalised"
+        )
     unique = {}
     for one in found:
         name = one.kernel.__name__
@@ -197,6 +201,9 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
     return list(unique.values())
 
 
+# Enough for variants of a kernel and for those without matrix instructions: nothing but the conversion of two bytes differs between the
+# 16-bit types.
+TWO = ("f32", "bf16")
 # One of each kind is enough; (kernel size, stride, forms of `_convolutions`).
 CONVOLUTIONS = (
     (1, 1, ("forward", "backward into an end")),
@@ -204,15 +211,18 @@ CONVOLUTIONS = (
 )
 
 
-def _convolutions(dtype: str, kernel: int, stride: int, forms: tuple[str, ...]) -> list[Launch]:
+def _convolutions(
+    dtype: str, kernel: int, stride: int, forms: tuple[str, ...], groups: int = 1
+) -> list[Launch]:
     def image(channels: int, side: int) -> torch.Tensor:
         t = torch.empty(4, channels, side, side, dtype=DTYPES[dtype])
         return t.contiguous(memory_format=torch.channels_last)
 
-    x, beside, z = image(64, 16), image(64, 16), image(128, 16 // stride)
-    weight = torch.zeros(128, 64, kernel, kernel, dtype=DTYPES[dtype])
-    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1)
-    v, w = torch.empty(64), torch.empty(128)
+    out = 128 if groups == 1 else groups
+    x, beside, z = image(64, 16), image(64, 16), image(out, 16 // stride)
+    weight = torch.zeros(out, 64 // groups, kernel, kernel, dtype=DTYPES[dtype])
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], groups)
+    v, w = torch.empty(64), torch.empty(out)
     stats = (None, None, None, 0.1, 1e-5)
     above, no_source = (Above(z, w, w, w, w, w, w), "relu", 0.0), (None, "identity", 0.0)
     bits = torch.empty(x.numel() // 8, dtype=torch.uint8)
@@ -368,7 +378,8 @@ def mask_sequences(llir: str) -> frozenset[str]:
 def problems(row: Row) -> list[str]:
     """What is wrong with a row: spills, and narrow accesses of the kernels that walk over activations."""
     found = []
-    is_conv = row.launch.kernel.__name__.startswith("conv")
+    name = row.launch.kernel.__name__
+    is_conv = name.startswith("conv") and "depthwise" not in name
     if is_conv and not row.matrix:
         found.append(f"{row.launch.name} for {row.target} uses no matrix instruction")
     recomputes = row.launch.kernel.__name__.startswith("bn_bwd") and row.launch.variant.endswith(

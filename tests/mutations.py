@@ -32,6 +32,7 @@ TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
 TRITON_ACTIVATION = "triton_kernels/activation.py"
 TRITON_CONV_FWD, TRITON_CONV_BWD = "triton_kernels/conv_fwd.py", "triton_kernels/conv_bwd.py"
 TRITON_GRAM = "triton_kernels/conv_gram.py"
+TRITON_DEPTHWISE = "triton_kernels/conv_depthwise.py"
 CHAIN = "bnfast/ops.py"
 CUDA_FWD, CUDA_BWD = "csrc/cuda/bn_fwd.cu", "csrc/cuda/bn_bwd.cu"
 CUDA_BLOCKS, CUDA_SLOTS = "csrc/cuda/blocks.cuh", "csrc/cuda/slots.cuh"
@@ -56,6 +57,7 @@ TESTS = (
     "tests/test_max_pool.py",
 )
 TRITON_TESTS = (
+    "tests/test_depthwise.py",
     "tests/test_gram.py",
     "tests/test_chain.py",
     "tests/test_triton.py",
@@ -813,8 +815,8 @@ MUTATIONS = [
         "conv_dgrad",
         "triton: the prologue forgets the mean of db",
         TRITON_CONV_BWD,
-        "db = (db - shift_db[None, :]) - ",
-        "db = db - ",
+        "return ((db - shift_db[None, :]) - ",
+        "return (db - ",
     ),
     Mutation(
         "conv_dgrad",
@@ -885,6 +887,27 @@ MUTATIONS = [
         CHAIN,
         'len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS',
         "len(readers) > 1 or spec.act in SMOOTH_ACTS",
+    ),
+    Mutation(
+        "depthwise",
+        "triton: the padding is normalised",
+        TRITON_DEPTHWISE,
+        "x = tl.where(valid, y, 0)",
+        "x = y",
+    ),
+    Mutation(
+        "depthwise",
+        "triton: pixels between those of a stride read their neighbours' gradient",
+        TRITON_DEPTHWISE,
+        "inside = inside & (down % STRIDE_H == 0) & (across % STRIDE_W == 0)",
+        "inside = inside & (down % STRIDE_H == 0)",
+    ),
+    Mutation(
+        "depthwise",
+        "triton: one tap for all",
+        TRITON_DEPTHWISE,
+        "acc = tl.fma(dz, tl.broadcast_to(w[None, :], [BLOCK_M, BLOCK_C]), acc)",
+        "acc = acc + dz",
     ),
     Mutation(
         "gram",

@@ -205,7 +205,7 @@ def test_fused_moments_of_many_tiles(monkeypatch):
     """Several tiles per split, several splits, ragged in pixels and channels, far from 0: those of the stored z."""
     monkeypatch.setattr(conv, "route", "fused")
     monkeypatch.setattr(conv_fwd, "BLOCK_M", 16)
-    monkeypatch.setattr(conv_fwd, "_plan", conv_fwd._plan.__wrapped__)
+    monkeypatch.setattr(conv_fwd, "plan", conv_fwd.plan.__wrapped__)
     monkeypatch.setattr(conv_fwd, "MOST_SPLITS", 5)
     monkeypatch.setattr(conv_fwd, "LEAST_VALUES", 1)
     x = torch.randn(3, 18, 7, 9).contiguous(memory_format=torch.channels_last).to(DEVICE)
@@ -321,6 +321,8 @@ def test_kernels_compile_for_chips_that_are_not_there(target):
         "conv_fwd_apply_kernel bf16 1x1 without z",
         "conv_fwd_reduce_kernel bf16 3x3 stride 2 forward behind bn_fwd_apply",
         "conv_dgrad_kernel bf16 1x1 stride 1 backward into an end",
+        "conv_depthwise_fwd_reduce_kernel bf16 3x3 stride 1 forward behind bn_fwd_apply",
+        "conv_depthwise_dgrad_kernel bf16 3x3 stride 1 backward between inner units",
     ):
         assert f"| {name} | {target} |" in run.stdout
     assert "| fsub fma fcmp |" in run.stdout

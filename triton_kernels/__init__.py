@@ -3,6 +3,7 @@
 bn_fwd.py, bn_bwd.py   the BatchNorm phases, kernel and launcher side by side
 conv.py                the convolutions' phases, by cuDNN or by
 conv_fwd.py, conv_bwd.py   ... the kernels that take the phases before and behind a convolution along
+conv_depthwise.py      ... of depthwise convolutions
 conv_gram.py           1x1 convolutions whose output never exists
 activation.py          the pre-activation, the activations and bits, shared by forward and backward
 layout.py, launch.py   views of tensors and their tiles; arguments and devices

@@ -25,6 +25,7 @@ from bnfast.reference import (
 from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_, finalise_sums
 from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply, finalise_moments
 from .conv_bwd import launch_dgrad
+from .conv_depthwise import is_depthwise, launch_depthwise, launch_depthwise_dgrad
 from .conv_fwd import launch_conv
 from .conv_gram import (
     bn_bwd_mask,
@@ -73,7 +74,7 @@ route = forced_route()
 
 def is_fused(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a convolution of x is one of this package's kernels: on the routes "fused" and "gram" wherever they can be taken, with
-    one group and [N, C, H, W] in channels_last, or where the table of `bnfast.tuning` says so. Else it is cuDNN's."""
+    one group or one per channel and [N, C, H, W] in channels_last, or where the table of `bnfast.tuning` says so. Else it is cuDNN's."""
     if (
         route == "cudnn"
         or (route is None and not tuning.is_active)
@@ -88,7 +89,7 @@ def is_fused(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) 
 
 def _can_fuse(x: Tensor, weight: Tensor, groups: int) -> bool:
     return (
-        groups == 1
+        (groups == 1 or is_depthwise(weight, groups))
         and weight.dim() == 4
         and x.dtype in TRITON_DTYPES
         and x.numel() > 0
@@ -142,7 +143,12 @@ def conv_forward(x, weight, bias, stride, padding, dilation, groups):
         geometry = (stride, padding, dilation)
         if not is_fused(x, weight, *geometry, groups):
             return reference.conv_forward(x, weight, bias, *geometry, groups)
-        return launch_conv(x, None, "identity", 0.0, weight, bias, *geometry, False)[0]
+        launch = _launcher(weight, groups)
+        return launch(x, None, "identity", 0.0, weight, bias, *geometry, False)[0]
+
+
+def _launcher(weight, groups):
+    return launch_depthwise if is_depthwise(weight, groups) else launch_conv
 
 
 def conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
@@ -150,7 +156,7 @@ def conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     with device_of(x):
         geometry = (stride, padding, dilation)
         if is_fused(x, weight, *geometry, groups):
-            return _fused_fwd_reduce(x, weight, bias, *geometry, *stats)
+            return _fused_fwd_reduce(x, weight, bias, *geometry, groups, *stats)
         z = reference.conv_forward(x, weight, bias, *geometry, groups)
         return z, *bn_fwd_reduce(z, *stats)
 
@@ -160,7 +166,7 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     with device_of(x):
         conv = (weight, bias, stride, padding, dilation)
         if is_fused(x, weight, stride, padding, dilation, groups):
-            z, mean, _, rstd = _fused_fwd_reduce(x, *conv, *rest[:5], with_m2=False)
+            z, mean, _, rstd = _fused_fwd_reduce(x, *conv, groups, *rest[:5], with_m2=False)
             return z, mean, rstd, *bn_fwd_apply(z, mean, rstd, *rest[5:])
         z = reference.conv_forward(x, *conv, groups)
         return z, *bn_fwd_reduce_apply(z, *rest)
@@ -168,7 +174,7 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
 
 def bn_fwd_apply_conv_fwd_reduce(
     z: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     act: str,
     slope: float,
     weight,
@@ -176,21 +182,21 @@ def bn_fwd_apply_conv_fwd_reduce(
     stride,
     padding,
     dilation,
-    _,
+    groups,
     *stats,
 ):
     """See reference.bn_fwd_apply_conv_fwd_reduce; for convolutions that `fuses_chain` says yes to."""
     with device_of(z):
-        z, parts = launch_conv(
+        z, parts = _launcher(weight, groups)(
             z, norm, act, slope, weight, bias, stride, padding, dilation, True, stats[2]
         )
         mean, _, rstd = finalise_moments(parts, *stats, False)
         return z, mean, rstd
 
 
-def _fused_fwd_reduce(x, weight, bias, stride, padding, dilation, *stats, with_m2=True):
+def _fused_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats, with_m2=True):
     conv = (weight, bias, stride, padding, dilation)
-    z, parts = launch_conv(x, None, "identity", 0.0, *conv, True, stats[2])
+    z, parts = _launcher(weight, groups)(x, None, "identity", 0.0, *conv, True, stats[2])
     if parts is None:
         return z, *bn_fwd_reduce(z, *stats)
     return z, *finalise_moments(parts, *stats, with_m2)
@@ -238,10 +244,14 @@ def bn_bwd_apply_conv_dgrad_reduce(
 ):
     """See reference.bn_bwd_apply_conv_dgrad_reduce; for convolutions that `fuses_chain` says yes to."""
     with device_of(dy):
-        dx, parts = launch_dgrad(
-            dy, above, above_act, above_slope, source, source_act, source_slope, weight, input_size,
-            stride, padding, dilation, add, below, below_act, below_slope, beside,
-        )  # fmt: skip
+        conv = (weight, input_size, stride, padding, dilation)
+        around = (add, below, below_act, below_slope, beside)
+        if is_depthwise(weight, groups):
+            dx, parts = launch_depthwise_dgrad(dy, above, above_act, above_slope, *conv, *around)
+        else:
+            dx, parts = launch_dgrad(
+                dy, above, above_act, above_slope, source, source_act, source_slope, *conv, *around
+            )
         if parts is None:
             return dx, None, None
         sums = None if below.z is None else finalise_sums(parts, below.rstd)

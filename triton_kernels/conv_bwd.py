@@ -30,6 +30,83 @@ from .layout import cdiv, empty_last, like
 
 
 @triton.jit
+def dz_of(
+    dy, z, mean, scale, beta, shift_db, shift_z,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Equation (9) for [pixels, channels]; DTYPE is y's."""
+    pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
+    db = act_gradient(pre, dy, DTYPE, ACT, SLOPE)
+    return ((db - shift_db[None, :]) - (z - mean[None, :]) * shift_z[None, :]) * scale[None, :]
+
+
+@triton.jit
+def taken_up(
+    acc,  # [BLOCK_M, BLOCK_J] of dx, at these offsets
+    at,
+    mask,
+    pixel,
+    m_mask,
+    j,
+    pixels,
+    in_channels,
+    add_ptr,
+    below,
+    beside,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """What follows a data gradient: (dx to be stored, the tile's sums of db, db (z - mean), and the same beside)."""
+    j_mask = j < in_channels
+    sum_db = tl.zeros([BLOCK_J], ACC)
+    sum_db_z = tl.zeros([BLOCK_J], ACC)
+    sum_db_beside = tl.zeros([BLOCK_J], ACC)
+    if add_ptr is not None:
+        acc += tl.load(add_ptr + at, mask, 0).to(ACC)
+    dx = acc.to(DTYPE)
+    if below is not None:
+        dy = dx.to(ACC)
+        if below.z is not None:
+            z = tl.load(below.z + at, mask, 0).to(ACC)
+            mean, scale, beta = load_norm(below, j, j_mask, ACC)
+        if below.bits is not None:
+            places, there = bit_places(pixel, j, pixels, in_channels, BLOCK_J)
+            packed = tl.load(below.bits + places, there & m_mask[:, None], 0)
+            db = masked(unpack_bits(packed, BLOCK_M, BLOCK_J), dy, ACT, SLOPE)
+            dx = db.to(DTYPE)
+        elif ACT == "identity":
+            db = dy
+        else:
+            pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
+            db = act_gradient(pre, dy, DTYPE, ACT, SLOPE)
+        # Outside the tensor dx is 0, but 0 times an infinite slope or distance would not be.
+        db = tl.where(mask, db, 0)
+        sum_db = tl.sum(db, 0)
+        if below.z is not None:
+            sum_db_z = tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+        if beside is not None:
+            z = tl.load(beside.z + at, mask, 0).to(ACC)
+            mean = tl.load(beside.mean + j, j_mask, 0)
+            sum_db_beside = tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+    return dx, sum_db, sum_db_z, sum_db_beside
+
+
+@triton.jit
+def store_sums(part_ptr, split, j, in_channels, sum_db, sum_db_z, sum_db_beside, beside):
+    """One split's partial sums into [2 or with beside 3, splits, J]."""
+    place = part_ptr + split * in_channels + j
+    row_size = tl.num_programs(1) * in_channels
+    tl.store(place, sum_db, j < in_channels)
+    tl.store(place + row_size, sum_db_z, j < in_channels)
+    if beside is not None:
+        tl.store(place + 2 * row_size, sum_db_beside, j < in_channels)
+
+
+@triton.jit
 def conv_dgrad_kernel(
     dy_ptr,  # [N, OH, OW, K]: dz, or dy with above
     above,  # reference.Above of the z of dy, or None
@@ -120,10 +197,11 @@ def conv_dgrad_kernel(
                         shift_db = tl.load(above.dbeta + k, k_mask, 0) / count
                         shift_z = rstd * tl.load(above.dgamma + k, k_mask, 0) / count
                         z = tl.load(above.z + at, valid, 0).to(ACC)
-                        pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
-                        db = act_gradient(pre, dz.to(ACC), DTYPE, ABOVE_ACT, ABOVE_SLOPE)
-                        db = (db - shift_db[None, :]) - (z - mean[None, :]) * shift_z[None, :]
-                        dz = tl.where(valid, db * scale[None, :], 0).to(DTYPE)
+                        dz = dz_of(
+                            dz.to(ACC), z, mean, scale, beta, shift_db, shift_z,
+                            ABOVE_ACT, ABOVE_SLOPE, DTYPE,
+                        )  # fmt: skip
+                        dz = tl.where(valid, dz, 0).to(DTYPE)
                     w_at = (tap * out_channels + k)[:, None] * in_channels + j[None, :]
                     w = tl.load(w_ptr + w_at, k_mask[:, None] & j_mask[None, :], 0)
                     acc = tl.dot(dz, w, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -141,41 +219,16 @@ def conv_dgrad_kernel(
                 acc = tl.dot(x, q, acc, input_precision=PRECISION, out_dtype=ACC)
         at = pixel[:, None] * in_channels + j[None, :]
         mask = m_mask[:, None] & j_mask[None, :]
-        if add_ptr is not None:
-            acc += tl.load(add_ptr + at, mask, 0).to(ACC)
-        dx = acc.to(DTYPE)
-        if below is not None:
-            dy = dx.to(ACC)
-            if below.z is not None:
-                z = tl.load(below.z + at, mask, 0).to(ACC)
-                mean, scale, beta = load_norm(below, j, j_mask, ACC)
-            if below.bits is not None:
-                places, there = bit_places(pixel, j, pixels, in_channels, BLOCK_J)
-                packed = tl.load(below.bits + places, there & m_mask[:, None], 0)
-                db = masked(unpack_bits(packed, BLOCK_M, BLOCK_J), dy, BELOW_ACT, BELOW_SLOPE)
-                dx = db.to(DTYPE)
-            elif BELOW_ACT == "identity":
-                db = dy
-            else:
-                pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
-                db = act_gradient(pre, dy, DTYPE, BELOW_ACT, BELOW_SLOPE)
-            # Outside the tensor dx is 0, but 0 times an infinite slope or distance would not be.
-            db = tl.where(mask, db, 0)
-            sum_db += tl.sum(db, 0)
-            if below.z is not None:
-                sum_db_z += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
-            if beside is not None:
-                z = tl.load(beside.z + at, mask, 0).to(ACC)
-                mean = tl.load(beside.mean + j, j_mask, 0)
-                sum_db_beside += tl.sum(tl.where(mask, db * (z - mean[None, :]), 0), 0)
+        dx, db, db_z, db_beside = taken_up(
+            acc, at, mask, pixel, m_mask, j, pixels, in_channels, add_ptr, below, beside,
+            BELOW_ACT, BELOW_SLOPE, DTYPE, ACC, BLOCK_M, BLOCK_J,
+        )  # fmt: skip
+        sum_db += db
+        sum_db_z += db_z
+        sum_db_beside += db_beside
         tl.store(dx_ptr + at, dx, mask)
     if part_ptr is not None:
-        place = part_ptr + split * in_channels + j
-        row_size = tl.num_programs(1) * in_channels
-        tl.store(place, sum_db, j_mask)
-        tl.store(place + row_size, sum_db_z, j_mask)
-        if beside is not None:
-            tl.store(place + 2 * row_size, sum_db_beside, j_mask)
+        store_sums(part_ptr, split, j, in_channels, sum_db, sum_db_z, sum_db_beside, beside)
 
 
 def launch_dgrad(

@@ -145,7 +145,7 @@ def launch_conv(
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (*weight.shape[2:], *stride, *padding, *dilation)
     out_channels = weight.shape[0]
-    z_shape, sizes, grid, is_wide = _plan(x.shape, out_channels, geometry, with_moments)
+    z_shape, sizes, grid, is_wide = plan(x.shape, out_channels, geometry, with_moments, BLOCK_M)
     z = empty_last(x, *z_shape)
     if z.numel() == 0:
         return z, None
@@ -179,18 +179,22 @@ def launch_conv(
 
 
 @functools.lru_cache(4096)
-def _plan(
-    x_shape: torch.Size, out_channels: int, geometry: tuple[int, ...], with_moments: bool
+def plan(
+    x_shape: torch.Size,
+    out_channels: int,
+    geometry: tuple[int, ...],
+    with_moments: bool,
+    block: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], bool]:
-    """Of a convolution of x: the shape of z, the kernel's sizes from pixels to per_split, its grid, and whether offsets need 64
-    bits."""
+    """Of a convolution of x in tiles of `block` pixels: the shape of z, the kernel's sizes from pixels to per_split, its grid, and
+    whether offsets need 64 bits."""
     batch, in_channels, *size = x_shape
     out_size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, *(geometry[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
     ]
     pixels = batch * out_size[0] * out_size[1]
-    blocks, splits, per_split = split_tiles(pixels, BLOCK_M, out_channels, with_moments)
+    blocks, splits, per_split = split_tiles(pixels, block, out_channels, with_moments)
     sizes = (pixels, *size, in_channels, *out_size, out_channels, per_split)
     is_wide = max(math.prod(x_shape), pixels * out_channels) >= 2**30
     return (batch, out_channels, *out_size), sizes, (blocks, splits), is_wide
