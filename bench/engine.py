@@ -77,6 +77,7 @@ def measure(row: Row, rounds: int, compiled: bool, device: torch.device) -> dict
     result = timing.compare(ours, found)
     return {
         "id": row.id,
+        "dtype": row.dtype,
         "batch": row.batch,
         "size": case.size,
         "ours": ours,
@@ -107,7 +108,7 @@ def table(results: list[dict]) -> str:
 
 
 def page(results: list[dict], environment: dict, rounds: int) -> str:
-    rates = {r["id"].rsplit("-", 1)[1]: r["rates"] for r in results}
+    rates = {r["dtype"]: r["rates"] for r in results}
     measured = "; ".join(
         f"{name}: {v['flops'] / 1e9:.0f} GFLOP/s, {v['bytes'] / 1e9:.0f} GB/s"
         for name, v in rates.items()

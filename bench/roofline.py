@@ -83,7 +83,7 @@ def seconds(case: cases.Step, rates: Rates, *, training: bool = True) -> float:
     """The ideal time of one step of `case`, or of its forward pass in evaluation.
 
     Arithmetic: forward and the data gradient, which the first convolution has not. Bytes: the accesses per element of
-    `floors.KINDS` for a full chain, convolutions included; in evaluation each unit reads its input (and residual) and writes its
+    `floors.KINDS` for a full chain, convolutions included (but for the stem's); in evaluation each unit reads its input (and residual) and writes its
     output.
     """
     element = 4 if case.dtype == "f32" else 2

@@ -120,7 +120,8 @@ _RUNS = {
     "winograd": "Winograd",
     "pointwise": "product",
     "packed": "oneDNN",
-    "taps": "direct",
+    "depthwise": "direct",
+    "taps": "Triton",
     "rotated": "PyTorch",
     "cast": "PyTorch",
 }

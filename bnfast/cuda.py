@@ -120,6 +120,7 @@ def phases(operators) -> SimpleNamespace:
         bn_bwd_reduce_apply_dgrad=reference.followed_by_dgrad(
             bn.bn_bwd_reduce_apply, bn.bn_bwd_reduce_apply_, input_gradient
         ),
+        joins_units=reference.joins_units,
         fuses_chain=reference.fuses_chain,
         fuses_gram=reference.fuses_gram,
         max_pool=reference.max_pool,

@@ -34,7 +34,7 @@ BN_PHASES = (
     "bn_bwd_reduce_apply_",
 )
 
-# BNFAST_CHAIN=0: units one after the other, their BatchNorm phases outside of the convolutions. Read once.
+# BNFAST_CHAIN=0: units one after the other, no phase of one in another's convolution. Read once.
 _chains = os.environ.get("BNFAST_CHAIN", "") != "0"
 
 _CONV = "Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups"
@@ -165,6 +165,11 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     return z, *bn_fwd_reduce_apply(z, *rest)
 
 
+def joins_units():
+    """See reference.joins_units."""
+    return _chains
+
+
 def fuses_chain(x, weight, stride, padding, dilation, groups):
     """See reference.fuses_chain: float32 convolutions in channels_last that are ours in both directions. Captured graphs run unit by
     unit."""
@@ -266,7 +271,7 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     elif _is_depthwise(weight, groups) and layout == torch.channels_last:
         acc = accumulator(dz.dtype)
         taps = weights.transformed(
-            weight, ("taps", acc), lambda w: w[:, 0].permute(1, 2, 0).to(acc).contiguous()
+            weight, ("depthwise", acc), lambda w: w[:, 0].permute(1, 2, 0).to(acc).contiguous()
         )
         dx = torch.ops.bnfast.depthwise_dgrad.default(
             dz, taps, input_size, stride, padding, dilation

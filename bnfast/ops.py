@@ -422,28 +422,63 @@ class _Forward:
         residual_norm = None
         if spec.residual_source in self.waiting:
             residual_norm = self.waiting[spec.residual_source][0]
-        waits = residual is None and _readers_apply(self.specs, self.fuses, self.readers[i], i, x)
-        if not waits and spec.source in self.recomputable and self.fuses.gram(i, x):
-            x = (x, *(before or (None, "identity", 0.0)))
-            mean, rstd = phases.bn_fwd_apply_gram_reduce(*x, *conv[:2], *stats)
-            own = (Norm(mean, rstd, gamma, beta), residual, residual_norm)
-            want_bits = self.saves and act in BIT_ACTS
-            y, bits = phases.bn_fwd_apply_conv_fwd_apply(*x, conv[0], *own, act, slope, want_bits)
-            return None, mean, rstd, y, bits if want_bits else None
-        if before is None and residual_norm is None and not waits:
+        may_wait = residual is None and self.may_wait(i, x)
+        # Whether it waits is to be known before there is a z here: by x, whose layout and dtype decide where z's are left out.
+        if (
+            spec.source in self.recomputable
+            and self.fuses.gram(i, x)
+            and not (may_wait and self.readers_apply(i, x))
+        ):
+            return self.without_z(i, x, before, conv, stats, affine, residual_norm)
+        if before is None and residual_norm is None and not may_wait:
             return phases.conv_fwd_reduce_apply(x, *conv, *stats, *affine)
         norm, before_act, before_slope = before or (None, "identity", 0.0)
         z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
             x, norm, before_act, before_slope, *conv, *stats
         )
         norm = Norm(mean, rstd, gamma, beta)
-        if waits:
+        if may_wait and self.readers_apply(i, z):
             self.waiting[i] = (norm, act, slope)
             return z, mean, rstd, z, None
         if residual_norm is not None:
             both = (residual, residual_norm, act, slope, want_bits)
             return z, mean, rstd, *phases.bn_fwd_apply_both(z, norm, *both)
         return z, mean, rstd, *phases.bn_fwd_apply(z, mean, rstd, *affine)
+
+    def without_z(self, i: int, x: Tensor, before, conv, stats, affine, residual_norm) -> tuple:
+        """As convolution, of a unit whose z never exists."""
+        phases = self.phases
+        gamma, beta, residual, act, slope, _ = affine
+        x = (x, *(before or (None, "identity", 0.0)))
+        mean, rstd = phases.bn_fwd_apply_gram_reduce(*x, *conv[:2], *stats)
+        own = (Norm(mean, rstd, gamma, beta), residual, residual_norm)
+        want_bits = self.saves and act in BIT_ACTS
+        y, bits = phases.bn_fwd_apply_conv_fwd_apply(*x, conv[0], *own, act, slope, want_bits)
+        return None, mean, rstd, y, bits if want_bits else None
+
+    def may_wait(self, i: int, x: Tensor) -> bool:
+        """Whether unit i, which has no residual, could leave its bn_fwd_apply to those that read it: to convolutions, or to the one
+        unit whose residual it is."""
+        own, readers = self.specs[i], self.readers[i]
+        if not readers or own.pool is not None or not self.phases.joins_units():
+            return False
+        for reader in readers:
+            spec = self.specs[reader]
+            if not spec.is_fusable or self.tensors[8 * reader] is None:
+                return False
+            if spec.residual_source == i and (
+                len(readers) > 1 or own.act != "identity" or spec.act in SMOOTH_ACTS
+            ):
+                return False
+        # Else a backend's two phases in one are worth more.
+        return _is_last(x) or self.fuses(i, x)
+
+    def readers_apply(self, i: int, z: Tensor) -> bool:
+        """Whether those that could do: z is unit i's, which is what they would read."""
+        return all(
+            self.specs[reader].residual_source == i or self.fuses(reader, z)
+            for reader in self.readers[i]
+        )
 
 
 class _Fuses:
@@ -454,7 +489,7 @@ class _Fuses:
         self.answers: dict[int, bool] = {}
 
     def __call__(self, i: int, x: Tensor) -> bool:
-        """Unit i; x has the layout and dtype of its input."""
+        """Unit i; x is its input, or the z of which that is made."""
         answer = self.answers.get(i)
         if answer is None:
             weight, spec = self.tensors[8 * i], self.specs[i]
@@ -476,22 +511,6 @@ class _Fuses:
             and spec.act not in SMOOTH_ACTS
             and self.phases.fuses_gram(x, weight, spec.stride, spec.padding, spec.groups)
         )
-
-
-def _readers_apply(specs, fuses, readers, i, x) -> bool:
-    """Whether unit i, which has no residual, leaves its bn_fwd_apply to those that read it: to convolutions, or to the one unit
-    whose residual it is; x has the layout and dtype of its z."""
-    if not readers or specs[i].pool is not None or not fuses(i, x):
-        return False
-    for reader in readers:
-        spec = specs[reader]
-        if not fuses(reader, x):
-            return False
-        if spec.residual_source == i and (
-            len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS
-        ):
-            return False
-    return True
 
 
 class _Backward:
@@ -655,7 +674,7 @@ class _Backward:
             target = self.specs[k]
             self.make_again(k)
             _, gamma, beta, z, mean, rstd, bits, hidden = self.state(k)
-            is_last = self.joins[k] if z is None else self.joins[k] or _is_last(z)
+            is_last = self.joins[k] if z is None else _is_last(z)
             if hidden is None and is_last and target.pool is None and target.has_own_statistics:
                 below = Below(z, bits, mean, rstd, gamma, beta)
                 if bits is not None:
@@ -675,7 +694,9 @@ class _Backward:
 
     def takes_db(self, r: int, is_db: bool) -> bool:
         """Whether unit r's gradient is nothing but the db of the one unit that reads it."""
-        if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:
+        if r < 0 or not is_db or not self.wanted[r]:
+            return False
+        if self.remaining[r] != 1 or self.flowing[r] is not None:
             return False
         spec = self.specs[r]
         z = self.saved[8 * r + 3]

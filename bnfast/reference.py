@@ -437,9 +437,14 @@ class Beside(NamedTuple):
     rstd: Tensor
 
 
+def joins_units() -> bool:
+    """Whether there are convolutions that this backend's `fuses_chain` says yes to; else it need not be asked."""
+    return False
+
+
 def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a convolution of x is one that this backend joins with the phases of the units before and behind it, by the three
-    functions below; without it chains run unit by unit."""
+    functions below; without it chains run unit by unit. x is its input, or the z of which bn_fwd_apply makes that."""
     return False
 
 

@@ -85,8 +85,18 @@ def path() -> Path | None:
         return None
     if given:
         return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # a user without a home
+            return None
     return Path(cache) / "bnfast" / "tuning.json"
+
+
+def _exists(file: Path | None) -> bool:
+    """Also where nobody may look: os.path says no where pathlib raises."""
+    return file is not None and os.path.isfile(file)
 
 
 def choice(
@@ -94,7 +104,7 @@ def choice(
 ) -> str | None:
     """The way among `ways`, of which the first is the fixed rule's, that the table has for a convolution, or None. geometry: stride,
     padding, dilation, groups."""
-    # What is asked for dz alone (of a strided 1x1 convolution) has no forward pass to measure.
+    # What is asked for dz alone, of a strided 1x1 convolution, is not measured, but where both have as many channels.
     if _state.seen is not None and x.shape[1] == weight.shape[1] * geometry[3]:
         _state.seen.setdefault(shape, (ways, x.shape, x.device, x.dtype, weight, geometry))
     if _state.forced is not None:
@@ -136,8 +146,8 @@ def state() -> str:
     """In one line what is tuned here, for `bnfast doctor`."""
     file = path()
     if file is None:
-        return "switched off by BNFAST_TUNING=0"
-    if not file.is_file():
+        return "none: BNFAST_TUNING is 0, or there is no folder for it"
+    if not _exists(file):
         return f"none at {file}: fixed rules choose (bnfast tune measures)"
     try:
         entries = _load(file)
@@ -160,7 +170,7 @@ def _gpu_names() -> list[str]:
 
 def _read_all(file: Path | None) -> dict[tuple[str, int], dict[Shape, str]]:
     """The tables of a file that count here; with a warning and none where it cannot be read."""
-    if file is None or not file.is_file():
+    if not _exists(file):
         return {}
     try:
         found = _load(file)
@@ -203,7 +213,7 @@ def _shape_of(plain: list) -> Shape:
 
 def _write(file: Path, device: tuple[str, int], rows: list[Measured]) -> None:
     """Adds rows to the table of a device, in place of what it held for these shapes; the file is whole at any moment."""
-    entries = _load(file) if file.is_file() else []
+    entries = _load(file) if _exists(file) else []
     name, threads = device
     head = {"device": name, "threads": threads, "versions": _versions()}
     new = {row.shape: {"shape": row.shape, "way": row.way, "seconds": row.seconds} for row in rows}
@@ -219,6 +229,7 @@ def _write(file: Path, device: tuple[str, int], rows: list[Measured]) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             json.dump({"format": FORMAT, "entries": entries}, out, indent=1)
+        os.chmod(temporary, 0o644)  # others may read it, as any file
         os.replace(temporary, file)
     except BaseException:
         os.unlink(temporary)
@@ -252,7 +263,8 @@ def tune(
 
     model: converted or not; it is copied and stays as it is. autocast: the dtype of torch.autocast, if the training has one. A unit
     (convolution, BatchNorm, ReLU, forward and backward) is timed each way in turns, `rounds` times after two warm-up calls, the
-    minimum counts; a way other than the fixed rule's has to gain 3 %. file: instead of `path()`. say: gets a line per shape.
+    minimum counts; a way other than the fixed rule's has to gain 3 %. A row counts for any batch size. file: instead of `path()`.
+    say: gets a line per shape. Other threads of the process must not run chains meanwhile.
 
     Raises ValueError for x or rounds that make no sense, and for a file that is no table (which is then left as it is).
     """
@@ -266,8 +278,10 @@ def tune(
         raise ValueError(f"rounds is {rounds}; at least 1 is needed")
     target = path() if file is None else Path(file)
     if target is None:
-        raise ValueError("BNFAST_TUNING is 0: there is no table to write to; name a file")
-    if target.is_file():
+        raise ValueError(
+            "there is no table to write to (BNFAST_TUNING is 0, or the user has no home): name a file"
+        )
+    if _exists(target):
         _load(target)
     dispatch.check(backend)
     model = conversion.convert(copy.deepcopy(model), backend=backend).to(x.device).train()
@@ -284,7 +298,7 @@ def tune(
             say(f"{shape}: {row.way} ({times})")
     if rows:
         _write(target, _device_key(x.device), rows)
-    if target == path():
+    if _exists(path()) and _exists(target) and os.path.samefile(target, path()):
         _refresh()
     return rows
 
@@ -340,8 +354,7 @@ def _refresh() -> None:
     """Reads the table anew when it is next asked for."""
     global is_active
     _state.tables = None
-    file = path()
-    is_active = file is not None and file.is_file()
+    is_active = _exists(path())
 
 
 _refresh()

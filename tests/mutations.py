@@ -850,8 +850,15 @@ MUTATIONS = [
         "chain",
         "the gradient beside one that has another reader",
         CHAIN,
-        "if r < 0 or not is_db or self.remaining[r] != 1 or not self.wanted[r]:",
-        "if r < 0 or not is_db or not self.wanted[r]:",
+        "if self.remaining[r] != 1 or self.flowing[r] is not None:",
+        "if self.flowing[r] is not None:",
+    ),
+    Mutation(
+        "chain",
+        "the gradient beside one into which another reader's has flown",
+        CHAIN,
+        "if self.remaining[r] != 1 or self.flowing[r] is not None:",
+        "if self.remaining[r] != 1:",
     ),
     Mutation(
         "chain",
@@ -864,8 +871,8 @@ MUTATIONS = [
         "chain",
         "a unit without z whose input nobody can recompute",
         CHAIN,
-        "if not waits and spec.source in self.recomputable and self.fuses.gram(i, x):",
-        "if not waits and self.fuses.gram(i, x):",
+        "            spec.source in self.recomputable\n            and self.fuses.gram(i, x)",
+        "            self.fuses.gram(i, x)",
     ),
     Mutation(
         "chain",
@@ -885,7 +892,7 @@ MUTATIONS = [
         "chain",
         "a residual waits for its activation",
         CHAIN,
-        'len(readers) > 1 or specs[i].act != "identity" or spec.act in SMOOTH_ACTS',
+        'len(readers) > 1 or own.act != "identity" or spec.act in SMOOTH_ACTS',
         "len(readers) > 1 or spec.act in SMOOTH_ACTS",
     ),
     Mutation(

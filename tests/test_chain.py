@@ -188,6 +188,42 @@ class Crossed(Net):
         ]
 
 
+class CrossedTwice(Crossed):
+    """The residual of one unit that another unit has read before, on the way back, and whose gradient is not that one's db alone."""
+
+    def __init__(self):
+        super().__init__(lambda y: y, "identity")
+
+    def units(self, x):
+        a, b, c, d = self.layers
+        return [
+            a.unit("identity"),
+            b.unit("relu", residual_source=0, source=-1),
+            d.unit(source=1),
+            c.unit("relu", residual_source=2, source=0),
+        ]
+
+
+class ReadTwice(Net):
+    """A unit without activation that is the residual of two others, and of each of them of something else too."""
+
+    def __init__(self):
+        super().__init__(Layer(16, 16), Layer(16, 16, 3), Layer(16, 16))
+
+    def forward(self, x):
+        a, b, c = self.layers
+        r = a(x)
+        return F.relu(c(F.relu(b(x) + r)) + r)
+
+    def units(self, x):
+        a, b, c = self.layers
+        return [
+            a.unit(),
+            b.unit("relu", source=-1, residual_source=0),
+            c.unit("relu", source=1, residual_source=0),
+        ]
+
+
 class CrossedLinear(Crossed):
     def __init__(self):
         super().__init__(lambda y: y, "identity")
@@ -215,6 +251,7 @@ FORMS = {"unit by unit": "cudnn", "joined": "fused", "without z": "gram"}
 def form(request, monkeypatch) -> str:
     set_route(monkeypatch, FORMS[request.param])
     if request.param != "unit by unit":
+        monkeypatch.setattr(reference, "joins_units", lambda: True)
         monkeypatch.setattr(
             reference,
             "fuses_chain",
@@ -257,7 +294,19 @@ def step(run, net: nn.Module, x: Tensor, needs_x: bool, dy: Tensor) -> dict[str,
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
 @pytest.mark.parametrize(
-    "make", [Bottleneck, Linear, End, Pooled, TwoReaders, Crossed, CrossedLinear, TwoActivations]
+    "make",
+    [
+        Bottleneck,
+        Linear,
+        End,
+        Pooled,
+        TwoReaders,
+        Crossed,
+        CrossedLinear,
+        CrossedTwice,
+        ReadTwice,
+        TwoActivations,
+    ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "some frozen"])
 def test_chain_is_what_pytorch_computes(

@@ -184,9 +184,51 @@ def test_bad_arguments(table, monkeypatch):
     with pytest.raises(ValueError, match="backend is 'fast'"):
         bnfast.tune(net(), images(), backend="fast")
     monkeypatch.setenv("BNFAST_TUNING", "0")
-    with pytest.raises(ValueError, match="BNFAST_TUNING is 0"):
+    with pytest.raises(ValueError, match="there is no table to write to"):
         bnfast.tune(net(), images())
     assert not table.parent.exists()
+
+
+def test_a_folder_that_is_not_ours_is_no_error(tmp_path, monkeypatch):
+    """Not at the import, nor at a step: no home, or one that may not be looked into."""
+    monkeypatch.delenv("BNFAST_TUNING")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning.Path, "home", homeless)
+    tuning._refresh()
+    assert not tuning.is_active and tuning.path() is None
+    assert tuning.state().startswith("none")
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tuning.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(tuning.Path, "is_file", forbidden)
+    tuning._refresh()
+    assert not tuning.is_active
+    monkeypatch.undo()
+    tuning._refresh()
+
+
+def test_another_spelling_of_the_path_is_the_same_table(table, monkeypatch):
+    bnfast.tune(net(), images(), rounds=1)
+    rewritten(table, lambda row: "direct")
+    model = bnfast.convert(net())
+    assert forms(model)["6"] == {"packed"}
+    monkeypatch.chdir(table.parent.parent)
+    per_way = {"winograd": 1.0, "product": 1.0, "direct": 5.0}
+    now = [0.0]
+
+    def counted():
+        now[0] += per_way.get(tuning._state.forced, 0) / 2
+        return now[0]
+
+    monkeypatch.setattr(tuning.time, "perf_counter", counted)
+    bnfast.tune(net(), images(), rounds=1, file="cache/tuning.json")
+    assert forms(model)["6"] == {"winograd"}
 
 
 def test_without_a_table_nobody_asks(table, monkeypatch):

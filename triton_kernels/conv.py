@@ -50,6 +50,7 @@ __all__ = [
     "conv_fwd_reduce_apply",
     "fuses_chain",
     "fuses_gram",
+    "joins_units",
     "max_pool",
     "max_pool_backward",
     "se_bwd_apply",
@@ -75,11 +76,7 @@ route = forced_route()
 def is_fused(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     """Whether a convolution of x is one of this package's kernels: on the routes "fused" and "gram" wherever they can be taken, with
     one group or one per channel and [N, C, H, W] in channels_last, or where the table of `bnfast.tuning` says so. Else it is cuDNN's."""
-    if (
-        route == "cudnn"
-        or (route is None and not tuning.is_active)
-        or not _can_fuse(x, weight, groups)
-    ):
+    if not joins_units() or not _can_fuse(x, weight, groups):
         return False
     if route is not None:
         return True
@@ -106,17 +103,24 @@ def _tuned(x: Tensor, weight: Tensor, output, geometry: tuple) -> bool:
 
 
 def _dgrad_is_fused(dz: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
-    if route is None:
-        return (
-            tuning.is_active
-            and _can_fuse(dz, weight, groups)
-            and _tuned(dz, weight, dz.shape[2:], (stride, padding, dilation, groups))
-        )
-    return route != "cudnn" and _can_fuse(dz, weight, groups)
+    if not joins_units() or not _can_fuse(dz, weight, groups):
+        return False
+    geometry = (stride, padding, dilation, groups)
+    return route is not None or _tuned(dz, weight, dz.shape[2:], geometry)
 
 
 def _is_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def joins_units() -> bool:
+    """See reference.joins_units."""
+    return route != "cudnn" if route is not None else _follows_table()
+
+
+def _follows_table() -> bool:
+    """Captured graphs do not: what reads a table cannot be in them."""
+    return tuning.is_active and not torch.compiler.is_compiling()
 
 
 def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
@@ -185,12 +189,19 @@ def bn_fwd_apply_conv_fwd_reduce(
     groups,
     *stats,
 ):
-    """See reference.bn_fwd_apply_conv_fwd_reduce; for convolutions that `fuses_chain` says yes to."""
+    """See reference.bn_fwd_apply_conv_fwd_reduce; with norm for convolutions that `fuses_chain` says yes to."""
     with device_of(z):
+        if norm is None and not is_fused(z, weight, stride, padding, dilation, groups):
+            z = reference.conv_forward(z, weight, bias, stride, padding, dilation, groups)
+            mean, _, rstd = bn_fwd_reduce(z, *stats)
+            return z, mean, rstd
         z, parts = _launcher(weight, groups)(
             z, norm, act, slope, weight, bias, stride, padding, dilation, True, stats[2]
         )
-        mean, _, rstd = finalise_moments(parts, *stats, False)
+        if parts is None:  # an empty batch
+            mean, _, rstd = bn_fwd_reduce(z, *stats)
+        else:
+            mean, _, rstd = finalise_moments(parts, *stats, False)
         return z, mean, rstd
 
 

@@ -559,6 +559,8 @@ std::tuple<Tensor, Tensor> bn_fwd_reduce_behind(const Tensor& z, const PixelUnit
   return {found.mean_out, found.rstd_out};
 }
 
+namespace {
+
 // float32 pixels in channels_last, which is what z must be in.
 Layout pixel_layout(const Tensor& z) {
   const Layout l = layout_of(z);
@@ -569,6 +571,8 @@ Layout pixel_layout(const Tensor& z) {
 
 // A kernel writes element e to out + e; here element `begin` goes to `to`.
 void* shifted(float* to, int64_t begin) { return reinterpret_cast<char*>(to) - begin * static_cast<int64_t>(sizeof(float)); }
+
+}  // namespace
 
 struct Normalised::State {
   Tensor z, parameters;
@@ -886,13 +890,19 @@ BehindDgrad::BehindDgrad(Tensor& dx, const OptionalTensor& add, const BelowUnit&
   State& s = *state_;
   BnTensors& t = s.tensors;
   const auto taken = [&](const OptionalTensor& given, const char* name) {
-    check_like(*given, dx, name);
+    TORCH_CHECK(given->sizes() == dx.sizes() && given->scalar_type() == dx.scalar_type(), "bnfast: ", name, " is ",
+                given->scalar_type(), " ", given->sizes(), "; it must be ", dx.scalar_type(), " ", dx.sizes(), " as dx is");
     return given->contiguous(l.format);
   };
   t.dy = t.out = dx.mutable_data_ptr();
   if (add) t.add = (s.add = taken(add, "add")).const_data_ptr();
+  TORCH_CHECK(below.z.has_value() == below.mean.has_value() && below.z.has_value() == below.rstd.has_value(),
+              "bnfast: z_below, mean_below and rstd_below must all be given or all be None");
+  TORCH_CHECK(below.z_beside.has_value() == below.mean_beside.has_value() &&
+                  below.z_beside.has_value() == below.rstd_beside.has_value() && (below.z || !below.z_beside),
+              "bnfast: z_beside, mean_beside and rstd_beside must all be given, beside a z_below, or all be None");
   if (!below.z) return;
-  s.z = taken(below.z, "z");
+  s.z = taken(below.z, "z_below");
   s.layout.length = s.units.length;
   set_arguments(t, s.parameters, s.z, s.layout, below.mean, below.rstd, below.gamma, below.beta, std::nullopt, std::nullopt, Tensor(),
                 below.act, below.slope);
@@ -900,12 +910,14 @@ BehindDgrad::BehindDgrad(Tensor& dx, const OptionalTensor& add, const BelowUnit&
   if (below.bits) {
     TORCH_CHECK(below.bits->numel() == l.bit_bytes(), "bnfast: bits holds ", below.bits->numel(), " bytes; ", l.bit_bytes(),
                 " belong to z of shape ", s.z.sizes());
+    TORCH_CHECK(t.act != Act::kSilu && t.act != Act::kHardswish, "bnfast: bits is given; act_below '", below.act, "' has none");
     t.bits = const_cast<uint16_t*>(static_cast<const uint16_t*>(below.bits->const_data_ptr()));
     t.slope_from = Slope::kFromBits;
   }
   if (below.z_beside) {
     t.z_beside = (s.z_beside = taken(below.z_beside, "z_beside")).const_data_ptr();
     check_vector(below.mean_beside, dx, "mean_beside");
+    check_vector(below.rstd_beside, dx, "rstd_beside");
     const ChannelVector<float> mean(below.mean_beside);
     s.mean_beside = at::empty({s.units.length}, dx.options().memory_format(at::MemoryFormat::Contiguous));
     t.mean_beside = lay_out(s.layout, s.mean_beside.mutable_data_ptr<float>(), [&](int64_t c) { return mean.values[c]; });

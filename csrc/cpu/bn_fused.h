@@ -18,7 +18,7 @@ namespace bnfast {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Units of work of a convolution behind which something is reduced: unit u is the pixels [borders[u], borders[u + 1]) of the result,
-// each but the last border a multiple of `group` pixels, which are a multiple of 16 elements.
+// each border a multiple of `group` pixels, which are a multiple of 16 elements.
 struct PixelUnits {
   int64_t group;
   std::vector<int64_t> borders;
@@ -62,6 +62,14 @@ class Dz final : public PixelSource {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// What makes dz of dy comes together: all of it, or dy is dz.
+inline void check_above(const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& dgamma,
+                        const OptionalTensor& dbeta) {
+  const bool given = z.has_value();
+  TORCH_CHECK(mean.has_value() == given && rstd.has_value() == given && dgamma.has_value() == given && dbeta.has_value() == given,
+              "bnfast: z, mean, rstd, dgamma and dbeta must all be given (dy of a unit) or all be None (dz)");
+}
 
 // bn_bwd_reduce, then consume(dz), which takes dz piece by piece; dresidual is complete when all pixels have been written.
 // Returns dgamma, dbeta, dresidual.

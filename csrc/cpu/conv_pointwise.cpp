@@ -213,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
   check_x(dy);
   const int64_t channels = dy.size(1);
   Product product(dy, weights, std::nullopt, channels, in_channels);
+  check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
   if (z) source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope);
   else product.set_x(dy);

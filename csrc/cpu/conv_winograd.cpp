@@ -191,7 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
   if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
   else conv.set_input(x);
   const std::optional<PixelUnits> units = conv.pixels();
-  const bool at_once = !units || conv.is_split();
+  // One channel: its reduction sees a plane, not pixels.
+  const bool at_once = !units || conv.is_split() || out_channels == 1;
   if (at_once && conv.y.numel() > 0) conv.all();
   auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
       conv.y, units ? &*units : nullptr, [&](int64_t unit, int64_t, int64_t) { if (!at_once) conv.unit(unit); }, running_mean,
@@ -208,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
     const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
   const PoolScope pooled;
   Winograd conv(dy, weights, std::nullopt, in_channels, margin);
+  check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
   if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
   else conv.set_input(dy);
