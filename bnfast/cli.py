@@ -173,6 +173,12 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where the page goes; DIR/report where left out"
     )
+    parser.add_argument(
+        "--note",
+        metavar="TEXT",
+        default="",
+        help="a paragraph under the page's head, in plain text",
+    )
     parser.set_defaults(command=_report)
 
 
@@ -180,7 +186,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from bnfast import report
 
     folder = Path(arguments.folder)
-    print(report.write(folder, Path(arguments.output or folder / "report")))
+    print(report.write(folder, Path(arguments.output or folder / "report"), arguments.note))
     return 0
 
 

@@ -18,9 +18,10 @@ PAGE = "report.html"
 _KEPT = (CONFIG, RESULT, ANALYSIS, METRICS)
 
 
-def write(folder: Path, output: Path) -> Path:
+def write(folder: Path, output: Path, note: str = "") -> Path:
     """Renders the finished runs under `folder` into `output`: report.html, plots/*.png and, under records/, the small files
-    that it is made of, from which it can be rendered again. Returns the path of the page.
+    that it is made of, from which it can be rendered again. note: a paragraph of plain text under the page's head, for what the
+    runs themselves cannot tell. Returns the path of the page.
 
     Raises FileNotFoundError for a folder without a finished run, ValueError where matplotlib is missing, OSError.
     """
@@ -47,17 +48,18 @@ def write(folder: Path, output: Path) -> Path:
         for file in _KEPT:
             if (source / file).is_file() and (source / file) != (target / file):
                 shutil.copyfile(source / file, target / file)
-    write_atomically(output / PAGE, _page(runs, unfinished, sections).encode())
+    write_atomically(output / PAGE, _page(runs, unfinished, sections, note).encode())
     return output / PAGE
 
 
-def _page(runs: list[RunRecord], unfinished: list[str], sections: list[str]) -> str:
+def _page(runs: list[RunRecord], unfinished: list[str], sections: list[str], note: str) -> str:
     sets = sorted({run.result["data_name"] for run in runs})
     title = f"BatchNorm alone on {', '.join(sets)}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         "<p>Figures of the paper (Frankle, Schwab, Morcos: Training BatchNorm and Only BatchNorm, arXiv 2003.00152) are for "
         "CIFAR-10 after 160 epochs, and stand beside these runs for the order of networks and configurations.</p>",
+        *([f"<p>{escape(note)}</p>"] if note else []),
         *sections,
     ]
     if unfinished:
@@ -81,7 +83,7 @@ def _section(groups: list[Group], runs: list[RunRecord], pictures: list[str]) ->
         _table(_ACCURACY_HEAD, [_accuracy_row(group) for group in groups], "wide words"),
         f"<p class=note>{escape(_trust())}</p>",
         "<h2>Time and memory</h2>",
-        _table(_COST_HEAD, [_cost_row(run) for run in runs]),
+        _table(_COST_HEAD, [_cost_row(run, _machines(runs)) for run in runs]),
         f"<p class=note>{escape(_cost_note(runs))}</p>",
         _whole_runs(runs),
         "<h2>Plots</h2>",
@@ -184,10 +186,20 @@ _COST_HEAD = (
 )
 
 
-def _cost_row(run: RunRecord) -> list[str]:
+def _machine(run: RunRecord) -> str:
+    return f"{run.result['machine']}, torch {run.result['torch']}"
+
+
+def _machines(runs: list[RunRecord]) -> list[str]:
+    """What the runs were measured on: times of different machines, or numbers of threads, are not to be compared."""
+    return sorted({_machine(run) for run in runs})
+
+
+def _cost_row(run: RunRecord, machines: list[str]) -> list[str]:
     result = run.result
+    where = f" ({machines.index(_machine(run)) + 1})" if len(machines) > 1 else ""
     row = [
-        escape(run.name),
+        escape(run.name + where),
         f"{result['training_seconds']:.1f}",
         f"{result['wall_seconds']:.1f}",
     ]
@@ -211,7 +223,9 @@ def _cost_row(run: RunRecord) -> list[str]:
 
 
 def _cost_note(runs: list[RunRecord]) -> str:
-    machines = sorted({f"{run.result['machine']}, torch {run.result['torch']}" for run in runs})
+    machines = _machines(runs)
+    if len(machines) > 1:
+        machines = [f"({i}) {machine}" for i, machine in enumerate(machines, start=1)]
     return (
         "Step times beside plain PyTorch: medians of alternating steps in one process before the run, on copies; without "
         "that comparison, of the run itself. Saved for backward: what autograd keeps of one batch. Measured on "

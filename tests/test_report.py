@@ -166,6 +166,16 @@ def test_a_sweep_runs_what_is_left_and_its_report_shows_all(
     assert main(["report", str(folder)]) == 0
     assert (folder / "report" / "report.html").read_text() == page
 
+    # What only a person can tell; and runs whose times are not to be compared.
+    result = folder / NAMES[3] / "result.json"
+    other = json.loads(result.read_text()) | {"machine": "Another, 1 threads"}
+    result.write_text(json.dumps(other))
+    assert main(["report", str(folder), "--note", "Beside <other> work."]) == 0
+    told = (folder / "report" / "report.html").read_text()
+    check_page(told)
+    assert "<p>Beside &lt;other&gt; work.</p>" in told and "(1) Another, 1 threads" in told
+    assert f"{NAMES[3]} (1)" in told and f"{NAMES[0]} (2)" in told
+
 
 def test_runs_by_other_recipes_or_data_are_apart(tmp_path, capsys):
     for name, options in {"a": {}, "b": {"epochs": 2}, "c": {"seed": 1}}.items():
