@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import os
+import re
 
 import torch
 from torch import nn
@@ -71,11 +72,24 @@ PHASE_BATCH = 16
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
+@functools.cache
+def classifiers() -> tuple[str, ...]:
+    """torchvision's classification networks."""
+    import torchvision
+
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
 def network(name: str) -> Network:
-    """The entry of NETWORKS called `name`; ValueError lists the names there are."""
-    if name not in NETWORKS:
-        raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}")
-    return NETWORKS[name]
+    """The entry of NETWORKS called `name`, or one made for another: 4 images for a classification network of torchvision, 32 for
+    "wrn<6n+2>_<k>", the CIFAR ResNets by width. ValueError lists the entries."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    if re.fullmatch(r"wrn\d+_\d+", name):
+        return Network(name, "bnfast.models", 32, 32, 10)
+    if name in classifiers():
+        return Network(name, "bnfast.models", 4, 299 if name == "inception_v3" else 224, 1000)
+    raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}, and torchvision's")
 
 
 def build(name: str) -> nn.Module:

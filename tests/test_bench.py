@@ -15,7 +15,19 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import cases, engine, gate, memory, peers, report, roofline, steps, timing
+from bench import (
+    cases,
+    classifiers,
+    engine,
+    gate,
+    growth,
+    memory,
+    peers,
+    report,
+    roofline,
+    steps,
+    timing,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -157,6 +169,40 @@ def test_engine_table(tmp_path, monkeypatch, capsys):
         engine.main(["--rows", "resnet21-f32"])
     assert error.value.code == 2
     assert "resnet21-f32" in capsys.readouterr().err
+
+
+def test_growth_and_its_cliffs(tmp_path):
+    points = [
+        {"x": x, "seconds": {timing.OURS: s, peers.EAGER: 2 * s}}
+        for x, s in ((1, 4.0), (2, 3.0), (4, 3.6), (8, 4.6))
+    ]
+    assert growth.cliffs(points) == ["from 4 to 8: 1.28 times"]
+    assert growth.cliffs(points, power=1) == []
+    output = tmp_path / "growth.md"
+    options = ["--rounds", "1", "--no-compile", "--batches", "2,3", "--widths", "1"]
+    growth.main([*options, "--output", str(output)])
+    assert "| 3 | " in output.read_text() and "Cliffs: " in output.read_text()
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    curves = json.loads(output.with_suffix(".json").read_text())["curves"]
+    assert [p["x"] for p in curves["batch"]] == [2, 3]
+
+
+def test_classifiers(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "classifiers.md"
+    options = ["--only", "resnet18", "--size", "32", "--rounds", "1", "--no-compile"]
+    monkeypatch.setattr(classifiers, "LEAST", 0.0)
+    assert classifiers.main([*options, "--output", str(output)]) == 0
+    assert "| resnet18 | 32 | " in output.read_text()
+    monkeypatch.setattr(classifiers, "LEAST", 1e9)
+    assert classifiers.main(options) == 1
+    assert "resnet18: " in capsys.readouterr().err
+
+
+def test_other_networks_have_cases_too():
+    assert cases.network("wrn20_8").source == "bnfast.models"
+    assert cases.network("inception_v3").size == 299
+    with pytest.raises(ValueError, match="network is 'lenet'"):
+        cases.network("lenet")
 
 
 def test_inference_gate_sees_a_wrong_number():
