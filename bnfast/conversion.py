@@ -134,7 +134,8 @@ class Report:
 
     fused: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
-    kept: list[KeptWeight] = field(default_factory=list)
+    # Of this moment, and no property of the model that reports are compared by.
+    kept: list[KeptWeight] = field(default_factory=list, compare=False)
 
     @property
     def kept_bytes(self) -> int:
