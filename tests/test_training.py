@@ -43,11 +43,11 @@ def plain_model() -> nn.Module:
     "layout", [torch.channels_last, torch.contiguous_format], ids=lambda f: str(f)[6:]
 )
 def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
-    """Band: how far plain PyTorch in NCHW and in channels_last, on these images and on images that differ from them by one rounding
-    and by eight (as a convolution in Winograd's form may), are from each other and from float64, up to each step.
+    """Band: how far plain PyTorch in NCHW and in channels_last, on these images and on images that differ from them by a rounding,
+    are from each other and from float64, up to each step.
 
     Rounding errors grow from step to step and jump where a ReLU's mask flips, by chance earlier in one run than in another:
-    hence the factor 3 and the floor, the size of one flip.
+    hence the floor, the size of one flip. The factor is what a convolution in Winograd's form may round more than the direct one.
     """
     model = plain_model()
     # In an interpreter a step takes a minute.
@@ -55,7 +55,7 @@ def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
     exact = train(copy.deepcopy(model).double(), batches[0].double(), batches[1])
     plain = [
         train(copy.deepcopy(model), images, batches[1], memory_format)
-        for images in (batches[0] * (1 + roundings * 2.0**-23) for roundings in (0, 1, 8))
+        for images in (batches[0], batches[0] * (1 + 2.0**-23))
         for memory_format in (torch.contiguous_format, torch.channels_last)
     ]
     with bnfast.use_backend(backend.name):
@@ -64,7 +64,7 @@ def test_losses_stay_in_the_band_of_plain_pytorch(backend, layout):
         assert exact[-5:].mean() < exact[:5].mean() - 0.05, "nothing was learned"
     plain = torch.stack([exact, *plain])
     spread = plain.amax(0) - plain.amin(0)
-    band = 3 * spread.cummax(0).values + 2e-4
+    band = 8 * spread.cummax(0).values + 2e-4
     distance = (ours - exact).abs()
     assert bool((distance <= band).all()), f"{distance / band}"
 
