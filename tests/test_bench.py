@@ -189,10 +189,10 @@ def test_growth_and_its_cliffs(tmp_path):
 
 def test_classifiers(tmp_path, monkeypatch, capsys):
     output = tmp_path / "classifiers.md"
-    options = ["--only", "resnet18", "--size", "32", "--rounds", "1", "--no-compile"]
+    options = ["--only", "resnet18", "--size", "64", "--rounds", "1", "--no-compile"]
     monkeypatch.setattr(classifiers, "LEAST", 0.0)
     assert classifiers.main([*options, "--output", str(output)]) == 0
-    assert "| resnet18 | 32 | " in output.read_text()
+    assert "| resnet18 | 64 | " in output.read_text()
     monkeypatch.setattr(classifiers, "LEAST", 1e9)
     assert classifiers.main(options) == 1
     assert "resnet18: " in capsys.readouterr().err
