@@ -144,19 +144,16 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
     a warp has that many threads. An activation that needs more registers is tried in float32, whose tiles need the most."""
     launch.LANES = lanes
     found = []
-    forms = [
-        ("channels_last", "relu", False),
-        ("channels_last", "relu", True),
-        ("NCHW", "relu", True),
-    ]
+    forms = [("channels_last", "relu", False)]
+    if dtype == "bf16":
+        forms.append(("channels_last", "relu", True))
     if dtype == "f32":
-        forms.append(("channels_last", "silu", False))
+        forms.append(("channels_last", "silu", True))
+    if dtype in TWO:
+        forms.append(("NCHW", "relu", True))
     for layout, act, residual in forms:
-        size = (4, 64, 16, 16)
-        z, dy, r = (
-            torch.empty(size, dtype=DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
-            for _ in range(3)
-        )
+        size = (32, 64, 32, 32)  # too many values for a program
+        z, dy, r = (_dense(size, dtype, layout) for _ in range(3))
         mean, rstd, gamma, beta = torch.empty(4, size[1])
         buffers = (mean.clone(), rstd.clone(), torch.tensor(0))
         bits = residual and act == "relu"
@@ -173,11 +170,12 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
             mean, rstd, _, packed = kernels.bn_fwd_reduce_apply(
                 z, *buffers, 0.1, 1e-5, *vectors, r, act, 0.0, bits
             )
-            kept = (None, packed) if bits else (None, None)
+            kept = (None, packed) if bits else (r, None)
             kernels.bn_bwd_reduce_apply(dy, z, mean, rstd, *vectors, *kept, act, 0.0, bits)
 
         variant = f"{dtype} {layout} {act}{' residual' if residual else ''}"
         found += record(step, variant)
+    found += _on_chip(dtype)
     for kernel, stride, names in CONVOLUTIONS:
         found += _convolutions(dtype, kernel, stride, names)
     if dtype in TWO:
@@ -195,10 +193,39 @@ def launches(dtype: str, lanes: int) -> list[Launch]:
     unique = {}
     for one in found:
         name = one.kernel.__name__
-        # The kernels that finish a reduction differ in the number of splits alone.
-        key = (name, str(one.signature), "" if "finalise" in name else str(one.constants))
+        # The kernels that finish a reduction differ in the number of splits and in what they do not write alone.
+        key = (name,) if "finalise" in name else (name, str(one.signature), str(one.constants))
         unique.setdefault(key, one)
     return list(unique.values())
+
+
+def _on_chip(dtype: str) -> list[Launch]:
+    """Channels that fit on chip, as large as fit in each direction."""
+    forms = [("channels_last", (8, 64, 8, 16), True)]
+    if dtype in TWO:
+        forms += [("channels_last", (8, 64, 8, 16), False), ("NCHW", (8, 64, 32, 32), True)]
+    found = []
+    for layout, size, residual in forms:
+        twice, r = (_dense((2 * size[0], *size[1:]), dtype, layout) for _ in range(2))
+        z, dy = (_dense(size, dtype, layout) for _ in range(2))
+        mean, rstd, gamma, beta = torch.empty(4, size[1])
+        buffers = (mean.clone(), rstd.clone(), torch.tensor(0))
+        bits = torch.empty(z.numel() // 8, dtype=torch.uint8)
+        forward = (twice, *buffers, 0.1, 1e-5, gamma, beta, r if residual else None)
+        state = (dy, z, mean, rstd, gamma, beta, None, bits if residual else None)
+        last = ("relu", 0.0, residual)
+
+        def step(forward=forward, state=state, last=last, residual=residual):
+            if residual:
+                kernels.bn_fwd_reduce_apply(*forward, *last)
+            kernels.bn_bwd_reduce_apply(*state, *last)
+
+        found += record(step, f"{dtype} {layout} on chip relu{' residual' if residual else ''}")
+    return found
+
+
+def _dense(size: tuple[int, ...], dtype: str, layout: str) -> torch.Tensor:
+    return torch.empty(size, dtype=DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
 
 
 # Enough for variants of a kernel and for those without matrix instructions: nothing but the conversion of two bytes differs between the

@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import torch
 import torchvision
-from bnfast.triton_kernels import conv, conv_fwd
+from bnfast.triton_kernels import conv, conv_fwd, layout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -140,16 +141,31 @@ def ledger() -> Iterator[list[Traffic]]:
 
 
 SHAPE = (2, 128, 16, 32)  # multiples of all tiles
+ON_CHIP_SHAPE = (8, 64, 8, 16)  # fits on chip both ways
 
 
-def run_unit(kind: Kind, layout: torch.memory_format) -> list[Traffic]:
-    """Forward and backward of one unit's BatchNorm side on z of SHAPE."""
+@contextlib.contextmanager
+def slabs(used: bool) -> Iterator[None]:
+    """Within it channels that fit on chip go through the one kernel, or none does."""
+    before = layout.SLAB
+    layout.SLAB = before if used else 0
+    try:
+        yield
+    finally:
+        layout.SLAB = before
+
+
+def run_unit(
+    kind: Kind, memory_format: torch.memory_format, on_chip: bool = False
+) -> list[Traffic]:
+    """Forward and backward of one unit's BatchNorm side on z of SHAPE, in two passes; or on one of ON_CHIP_SHAPE, read once."""
+    shape = ON_CHIP_SHAPE if on_chip else SHAPE
     z, dy, residual = (
-        torch.randn(SHAPE).to(DTYPE).contiguous(memory_format=layout) for _ in range(3)
+        torch.randn(shape).to(DTYPE).contiguous(memory_format=memory_format) for _ in range(3)
     )
-    gamma, beta = torch.rand(2, SHAPE[1]) + 0.5
-    running = (torch.zeros(SHAPE[1]), torch.ones(SHAPE[1]), torch.tensor(0))
-    with ledger() as found:
+    gamma, beta = torch.rand(2, shape[1]) + 0.5
+    running = (torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0))
+    with slabs(on_chip), ledger() as found:
         mean, rstd, _, bits = triton_kernels.bn_fwd_reduce_apply(
             z, *running, 0.1, 1e-5, gamma, beta, residual if kind.residual else None,
             kind.act, 0.0, kind.residual,
@@ -162,9 +178,14 @@ def run_unit(kind: Kind, layout: torch.memory_format) -> list[Traffic]:
     return found
 
 
-def floor_bytes(kind: Kind) -> float:
-    """Bytes of the two-pass form for SHAPE: whole tensors, and bits."""
-    return np.prod(SHAPE) * (sum(kind.two_pass) * DTYPE.itemsize + kind.bits / 8)
+def floor_bytes(kind: Kind, on_chip: bool = False) -> float:
+    """Bytes of the two-pass form for SHAPE: whole tensors, and bits. On chip what is reduced is not read again: z forward, dy and z
+    backward, and bits."""
+    if not on_chip:
+        return np.prod(SHAPE) * (sum(kind.two_pass) * DTYPE.itemsize + kind.bits / 8)
+    again = 3 if kind.has_dgrad else 1
+    bits = 2 if kind.residual else 0
+    return np.prod(ON_CHIP_SHAPE) * ((sum(kind.two_pass) - again) * DTYPE.itemsize + bits / 8)
 
 
 class Bottleneck(nn.Module):
@@ -197,7 +218,7 @@ def route(name: str) -> Iterator[None]:
     if not joins:
         triton_kernels.fuses_chain = lambda *args: False
     try:
-        with bnfast.use_backend("triton"):
+        with slabs(False), bnfast.use_backend("triton"):
             yield
     finally:
         conv.route, triton_kernels.fuses_chain = before, fuses
@@ -391,11 +412,11 @@ def units_table() -> tuple[list[str], list[Traffic]]:
     elements = float(np.prod(SHAPE))
     sums: dict[str, dict[str, float]] = collections.defaultdict(dict)
     counted: list[Traffic] = []
-    for layout in (torch.channels_last, torch.contiguous_format):
-        name = "channels_last" if layout == torch.channels_last else "NCHW"
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        name = "channels_last" if memory_format == torch.channels_last else "NCHW"
         for kind in KINDS:
-            found = run_unit(kind, layout)
-            if layout == torch.channels_last:
+            found = run_unit(kind, memory_format)
+            if memory_format == torch.channels_last:
                 counted += found
             for entries in by_launch(found):
                 unique, total = (sum(getattr(e, n) for e in entries) for n in ("unique", "total"))
@@ -413,6 +434,27 @@ def units_table() -> tuple[list[str], list[Traffic]]:
         values = (floor, sums["channels_last"][kind.name], sums["NCHW"][kind.name], eager)
         lines.append(f"| {kind.name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
     return lines, counted
+
+
+def on_chip_table() -> list[str]:
+    """Lines about units whose channels fit on chip."""
+    lines = [
+        "| unit | layout | kernels | unique | in all | floor |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    elements = float(np.prod(ON_CHIP_SHAPE))
+    for kind, memory_format in itertools.product(
+        KINDS, (torch.channels_last, torch.contiguous_format)
+    ):
+        name = "channels_last" if memory_format == torch.channels_last else "NCHW"
+        found = run_unit(kind, memory_format, on_chip=True)
+        kernels = ", ".join(dict.fromkeys(entry.kernel for entry in found))
+        unique, total = (sum(getattr(e, n) for e in found) / elements for n in ("unique", "total"))
+        floor = floor_bytes(kind, on_chip=True) / elements
+        lines.append(
+            f"| {kind.name} | {name} | {kernels} | {unique:.3f} | {total:.3f} | {floor:.3f} |"
+        )
+    return lines
 
 
 def chain_accesses(channels: int, size: tuple[int, int, int]) -> dict[str, tuple[float, float]]:
@@ -495,6 +537,12 @@ def table() -> str:
         f"On {list(SHAPE)}; the BatchNorm side alone, convolutions' own reads and writes left out.",
         "",
         *units,
+        "",
+        "## Units whose channels fit on chip, bytes per element",
+        "",
+        f"On {list(ON_CHIP_SHAPE)}: one kernel each way, which reads each tensor once.",
+        "",
+        *on_chip_table(),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: seed and thread count, poisoned fresh memory, one `backend` per backend of the package (where there
 is no GPU, Triton's in its interpreter and CUDA's in the emulator)."""
 
+import importlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -77,6 +78,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(cuda, "device_type", "cpu")
         monkeypatch.setitem(dispatch._MODULES, "cuda", module)
         return Backend(name, module, torch.device("cpu"), interpreted)
+    if name == "triton" and zlib.crc32(request.node.nodeid.encode()) & 256:
+        # Most shapes of tests are small enough for the kernels that keep a channel on chip: of every other test's, none is.
+        monkeypatch.setattr(importlib.import_module("bnfast.triton_kernels.layout"), "SLAB", 0)
     on_gpu = name == "cuda" or (name == "triton" and not interpreted)
     device = torch.device("cuda" if on_gpu else "cpu")
     return Backend(name, dispatch.module(name), device, interpreted)

@@ -29,6 +29,7 @@ MAX_POOL = "csrc/cpu/max_pool_kernels.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
+TRITON_REDUCE = "triton_kernels/bn_reduce.py"
 TRITON_ACTIVATION = "triton_kernels/activation.py"
 TRITON_CONV_FWD, TRITON_CONV_BWD = "triton_kernels/conv_fwd.py", "triton_kernels/conv_bwd.py"
 TRITON_GRAM = "triton_kernels/conv_gram.py"
@@ -726,6 +727,34 @@ MUTATIONS = [
         TRITON_FWD,
         "low = (origin - (high - of_mean)) + (mean - of_mean)",
         "low = mean * 0",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "triton: squares around a rounded mean on chip",
+        TRITON_REDUCE,
+        "over_slab(d * d, CHANNEL_IS_COLUMN) - rest * rest / values",
+        "over_slab(z * z, CHANNEL_IS_COLUMN) - values * centre * centre",
+    ),
+    Mutation(
+        "bn_fwd_reduce",
+        "triton: batches counted once per block of channels on chip",
+        TRITON_REDUCE,
+        "counted_ptr is not None and tl.program_id(0) == 0",
+        "counted_ptr is not None",
+    ),
+    Mutation(
+        "bn_bwd_reduce",
+        "triton: a channel on chip with what lies behind its values",
+        TRITON_REDUCE,
+        "dgamma = over_slab(tl.where(mask, db * d, 0), CHANNEL_IS_COLUMN) * rstd",
+        "dgamma = over_slab(db * z, CHANNEL_IS_COLUMN) * rstd",
+    ),
+    Mutation(
+        "bn_bwd_apply",
+        "triton: without the projection on z on chip",
+        TRITON_REDUCE,
+        "db = (db - shift_db) - d * shift_z",
+        "db = db - shift_db",
     ),
     Mutation(
         "bn_fwd_apply",

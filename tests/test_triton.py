@@ -63,6 +63,7 @@ def test_many_small_tiles(memory_format, monkeypatch):
         return mean, rstd, y, *module.bn_bwd_reduce_apply(*state)
 
     expected = run(reference)
+    monkeypatch.setattr(layout, "SLAB", 0)
     for tile, splits, least in (
         (64, 128, 1),
         (16, 5, 1),
@@ -82,6 +83,7 @@ def test_many_small_tiles(memory_format, monkeypatch):
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_means_of_splits_far_from_zero(memory_format, monkeypatch):
     """At 100,000 float32 has no digit for how far the splits' means are apart; the squares between them need some."""
+    monkeypatch.setattr(layout, "SLAB", 0)
     monkeypatch.setattr(layout, "REDUCED_TILE", 64)
     monkeypatch.setattr(layout, "LEAST_VALUES", 1)
     z = (torch.randn(9, 5, 7, 11) + 1e5).to(DEVICE).contiguous(memory_format=memory_format)
@@ -108,6 +110,59 @@ def test_splits_cover_every_tile_once(shape, memory_format):
     assert split.splits <= layout.MOST_SPLITS
     assert split.rows * split.columns <= layout.REDUCED_TILE
     assert view.count * view.channels == z.numel()
+
+
+@pytest.mark.parametrize(
+    "shape, memory_format, element_size, tensors, expected",
+    [
+        ((8, 64, 8, 16), torch.channels_last, 4, 1, (1024, 8, 8, 8)),
+        ((8, 64, 8, 16), torch.channels_last, 2, 1, (1024, 16, 4, 16)),
+        ((8, 65, 8, 16), torch.channels_last, 2, 2, (1024, 8, 9, 16)),  # half a sector: two are too many
+        ((16, 64, 8, 16), torch.channels_last, 4, 1, (2048, 8, 8, 16)),
+        ((16, 64, 8, 16), torch.channels_last, 4, 2, None),
+        ((2049, 64), torch.contiguous_format, 4, 1, None),
+        ((3, 5, 7, 7), torch.channels_last, 4, 2, (256, 8, 1, 4)),
+        ((3, 5, 7, 7), torch.contiguous_format, 4, 2, (4, 64, 5, 4)),
+        ((64, 5, 16, 16), torch.contiguous_format, 2, 1, (64, 256, 5, 16)),
+        ((65, 5, 16, 16), torch.contiguous_format, 2, 1, None),
+        ((0, 5, 4, 4), torch.contiguous_format, 4, 1, None),
+    ],
+)  # fmt: skip
+def test_what_fits_on_chip(shape, memory_format, element_size, tensors, expected):
+    z = torch.empty(shape, device="meta")
+    z = z.contiguous(memory_format=memory_format) if z.dim() == 4 else z
+    assert layout.slab_of(layout.view_of(z), element_size, tensors) == expected
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shape", [(1, 9, 45, 45), (2, 3, 90, 91), (7, 11, 12, 13)])
+def test_channels_on_chip(shape, memory_format, momentum):
+    """One kernel each way, at and near what fits, far from 0: against float64, and running statistics counted once."""
+    z = (torch.randn(shape) * 2 + 1e3).to(DEVICE).contiguous(memory_format=memory_format)
+    dy = torch.randn_like(z)
+    channels = shape[1]
+    gamma, beta = torch.randn(2, channels, device=DEVICE)
+
+    def run(module, cast):
+        stats = (
+            torch.zeros(channels, device=DEVICE, dtype=cast(z).dtype),
+            torch.ones(channels, device=DEVICE, dtype=cast(z).dtype),
+            torch.tensor(4, device=DEVICE),
+        )
+        affine = (cast(gamma), cast(beta))
+        mean, rstd, y, _ = module.bn_fwd_reduce_apply(
+            cast(z), *stats, momentum, 1e-5, *affine, None, "silu", 0.0, False
+        )
+        state = (cast(dy), cast(z), mean, rstd, *affine, None, None, "silu", 0.0, False)
+        *sums, dz, _ = module.bn_bwd_reduce_apply(*state)
+        return mean, rstd, y, *sums, dz, *stats
+
+    expected = run(reference, torch.Tensor.double)
+    names = ("mean", "rstd", "y", "dgamma", "dbeta", "dz", "running_mean", "running_var", "tracked")
+    for name, a, e in zip(names, run(triton_kernels, lambda t: t), expected, strict=True):
+        scale = e.abs().max().item() if name in ("dgamma", "dbeta") else 1.0
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
 def test_offsets_are_wide_before_a_tile_behind_the_end_leaves_32_bits():
@@ -266,6 +321,18 @@ def test_traffic_is_that_of_whole_tensors(kind, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("kind", triton_traffic.KINDS, ids=lambda kind: kind.name)
+def test_a_channel_on_chip_is_read_once(kind, layout):
+    """At most a fiftieth beside whole tensors once: in all, not only at distinct addresses."""
+    found = triton_traffic.run_unit(kind, layout, on_chip=True)
+    assert {entry.kernel for entry in found} == {"bn_fwd_slab_kernel", "bn_bwd_slab_kernel"}
+    floor = triton_traffic.floor_bytes(kind, on_chip=True)
+    assert floor <= sum(entry.unique for entry in found) <= 1.02 * floor
+    assert sum(entry.total for entry in found) <= 1.02 * floor
+
+
+@interpreted
 def test_a_full_chain_writes_no_y_and_no_dz_of_inner_units():
     """Accesses per element within a chain: the floor, bits, and on as few pixels as here a quarter for vectors per channel."""
     blocks = [triton_traffic.Bottleneck(128, 64, 256), triton_traffic.Bottleneck(256, 64, 256)]
@@ -318,6 +385,8 @@ def test_kernels_compile_for_chips_that_are_not_there(target):
     for kernel in ("bn_fwd_reduce", "bn_fwd_apply", "bn_bwd_reduce", "bn_bwd_apply"):
         assert f"| {kernel}_kernel bf16 channels_last relu | {target} |" in run.stdout
     for name in (
+        "bn_fwd_slab_kernel bf16 channels_last on chip relu residual",
+        "bn_bwd_slab_kernel bf16 channels_last on chip relu",
         "conv_fwd_apply_kernel bf16 1x1 without z",
         "conv_fwd_reduce_kernel bf16 3x3 stride 2 forward behind bn_fwd_apply",
         "conv_dgrad_kernel bf16 1x1 stride 1 backward into an end",

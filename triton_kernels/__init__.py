@@ -1,6 +1,7 @@
 """The Triton backend: the phases of `bnfast.reference` for GPUs, without a compiler on the machine.
 
 bn_fwd.py, bn_bwd.py   the BatchNorm phases, kernel and launcher side by side
+bn_reduce.py           ... those that reduce, in one kernel where a channel fits on chip
 conv.py                the convolutions' phases, by cuDNN or by
 conv_fwd.py, conv_bwd.py   ... the kernels that take the phases before and behind a convolution along
 conv_depthwise.py      ... of depthwise convolutions
@@ -12,14 +13,15 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
 the import.
 """
 
-from .bn_bwd import (
-    bn_bwd_apply,
-    bn_bwd_apply_,
+from .bn_bwd import bn_bwd_apply, bn_bwd_apply_
+from .bn_fwd import bn_fwd_apply, bn_fwd_apply_both
+from .bn_reduce import (
     bn_bwd_reduce,
     bn_bwd_reduce_apply,
     bn_bwd_reduce_apply_,
+    bn_fwd_reduce,
+    bn_fwd_reduce_apply,
 )
-from .bn_fwd import bn_fwd_apply, bn_fwd_apply_both, bn_fwd_reduce, bn_fwd_reduce_apply
 from .conv import (
     bn_bwd_apply_conv_dgrad_reduce,
     bn_bwd_mask,

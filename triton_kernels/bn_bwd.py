@@ -273,7 +273,7 @@ def reduce_dense(
 def finalise_sums(parts: Tensor, rstd: Tensor, which: int = 1) -> tuple[Tensor, Tensor]:
     """(dgamma, dbeta) [C] from partial sums [sums, splits, C]; at most `layout.MOST_SPLITS` splits."""
     _, splits, channels = parts.shape
-    dgamma, dbeta = parts.new_empty(channels), parts.new_empty(channels)
+    dgamma, dbeta = torch.empty_like(rstd), torch.empty_like(rstd)
     block = 16
     finalise_sums_kernel[(cdiv(channels, block),)](
         parts,
@@ -341,13 +341,6 @@ def apply_dense(
     return dresidual
 
 
-def bn_bwd_reduce(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """See reference.bn_bwd_reduce."""
-    with device_of(z):
-        z = dense(z)
-        return reduce_dense(like(dy, z), z, view_of(z), *args)
-
-
 def bn_bwd_apply(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor]:
     """See reference.bn_bwd_apply."""
     with device_of(z):
@@ -366,29 +359,3 @@ def bn_bwd_apply_(dy: Tensor, z: Tensor, *args) -> Tensor:
         if own is not dy:
             dy.copy_(own)
         return dresidual
-
-
-def bn_bwd_reduce_apply(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.bn_bwd_reduce_apply."""
-    *state, act, slope, want_dresidual = args
-    with device_of(z):
-        z = dense(z)
-        view, dy, dz = view_of(z), like(dy, z), torch.empty_like(z)
-        sums = reduce_dense(dy, z, view, *state, act, slope)
-        last = (*sums, act, slope, want_dresidual)
-        return *sums, dz, apply_dense(dy, dz, z, view, *state, *last)
-
-
-def bn_bwd_reduce_apply_(dy: Tensor, z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.bn_bwd_reduce_apply_."""
-    *state, act, slope, want_dresidual = args
-    check_writable(dy, z, state[4])
-    with device_of(z):
-        z = dense(z)
-        view, own = view_of(z), like(dy, z)
-        sums = reduce_dense(own, z, view, *state, act, slope)
-        last = (*sums, act, slope, want_dresidual)
-        dresidual = apply_dense(own, own, z, view, *state, *last)
-        if own is not dy:
-            dy.copy_(own)
-        return *sums, dresidual

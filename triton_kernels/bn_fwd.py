@@ -188,11 +188,12 @@ def store_statistics(
     eps_lowest,
     ACC: tl.constexpr,
 ):
-    """Equations (3) and (4) of channels c."""
+    """Equations (3) and (4) of channels c; returns rstd."""
     shifted = m2 / tl.maximum(count, 1) + load_sum(eps, eps_low, eps_lowest, ACC)
     # The rounded square root exists for float32 alone; that of float64 always rounds.
     root = tl.sqrt(shifted) if ACC == tl.float64 else tl.sqrt_rn(shifted)
-    tl.store(rstd_ptr + c, tl.where(shifted == 0, 0, 1 / root), mask)
+    rstd = tl.where(shifted == 0, 0, 1 / root)
+    tl.store(rstd_ptr + c, rstd, mask)
     if tracked_ptr is not None:
         factor = 1 / tl.load(tracked_ptr).to(ACC)
     else:
@@ -201,6 +202,7 @@ def store_statistics(
         update_running(running_mean_ptr, c, mask, mean, factor)
     if running_var_ptr is not None:
         update_running(running_var_ptr, c, mask, m2 / tl.maximum(count - 1, 1), factor)
+    return rstd
 
 
 @triton.jit
@@ -373,8 +375,8 @@ def finalise_moments(
     """mean, M2 (where asked for) and rstd [C] from the partial results [splits, 3 C + 1]; at most `layout.MOST_SPLITS` splits."""
     splits, channels = parts.shape
     channels //= 3
-    mean, rstd = parts.new_empty(channels), parts.new_empty(channels)
-    m2 = parts.new_empty(channels) if with_m2 else None
+    mean = parts.new_empty(channels)
+    rstd, m2 = torch.empty_like(mean), torch.empty_like(mean) if with_m2 else None
     block = 16
     finalise_moments_kernel[(cdiv(channels, block),)](
         parts,
@@ -478,13 +480,6 @@ def apply_dense(
     return y, bits
 
 
-def bn_fwd_reduce(z: Tensor, *stats) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.bn_fwd_reduce."""
-    with device_of(z):
-        z = dense(z)
-        return reduce_dense(z, view_of(z), *stats, True)
-
-
 def bn_fwd_apply(z: Tensor, *args) -> tuple[Tensor, Tensor]:
     """See reference.bn_fwd_apply."""
     with device_of(z):
@@ -503,12 +498,3 @@ def bn_fwd_apply_both(
 ) -> tuple[Tensor, Tensor]:
     """See reference.bn_fwd_apply_both."""
     return bn_fwd_apply(z, *norm, residual_z, act, slope, want_bits, residual_norm)
-
-
-def bn_fwd_reduce_apply(z: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.bn_fwd_reduce_apply."""
-    with device_of(z):
-        z = dense(z)
-        view = view_of(z)
-        mean, _, rstd = reduce_dense(z, view, *args[:5], False)
-        return mean, rstd, *apply_dense(z, view, mean, rstd, *args[5:])

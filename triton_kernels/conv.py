@@ -22,8 +22,14 @@ from bnfast.reference import (
     se_fwd,
 )
 
-from .bn_bwd import bn_bwd_reduce_apply, bn_bwd_reduce_apply_, finalise_sums
-from .bn_fwd import bn_fwd_apply, bn_fwd_reduce, bn_fwd_reduce_apply, finalise_moments
+from .bn_bwd import finalise_sums
+from .bn_fwd import bn_fwd_apply, finalise_moments
+from .bn_reduce import (
+    bn_bwd_reduce_apply,
+    bn_bwd_reduce_apply_,
+    bn_fwd_reduce,
+    bn_fwd_reduce_apply,
+)
 from .conv_bwd import launch_dgrad
 from .conv_depthwise import is_depthwise, launch_depthwise, launch_depthwise_dgrad
 from .conv_fwd import launch_conv

@@ -409,8 +409,9 @@ def bn_fwd_apply_gram_reduce(
         pixels = z.numel() // channels
         blocks = cdiv(channels, BLOCK_K)
         splits, per_split = split_pixels(pixels, GRAM_M, blocks**2, channels, MOST_SPLITS)
-        parts = torch.empty((splits, channels + 1, channels), dtype=acc, device=z.device)
-        origin, mean_x = torch.empty((2, channels), dtype=acc, device=z.device)
+        parts = z.new_empty((splits, channels + 1, channels), dtype=acc)
+        origin = parts.new_empty(channels)
+        mean_x = torch.empty_like(origin)
         shared = {"ACC": TRITON_DTYPES[acc], "num_warps": THREADS // launch.LANES}
         gram_kernel[(blocks**2, splits)](
             z,
@@ -430,12 +431,12 @@ def bn_fwd_apply_gram_reduce(
             num_stages=1,
             **shared,
         )
-        gram = torch.empty((channels, channels), dtype=acc, device=z.device)
+        gram = parts.new_empty((channels, channels))
         square = cdiv(channels, BLOCK_C)
         finalise_gram_kernel[(square, square)](
             parts, origin, gram, mean_x, channels, splits, pixels, BLOCK_C=BLOCK_C, **shared
         )
-        rstd = torch.empty(out_channels, dtype=acc, device=z.device)
+        rstd = parts.new_empty(out_channels)
         finalise_statistics_kernel[(cdiv(out_channels, BLOCK_C),)](
             packed(weight, z.dtype),
             bias,
@@ -549,9 +550,7 @@ def bn_fwd_apply_conv_bwd_reduce(
         splits, per_split = split_pixels(
             pixels, BLOCK_M, programs, 2 * in_blocks, MOST_SPLITS // in_blocks
         )
-        parts = torch.empty(
-            (2, splits * in_blocks, out_channels), dtype=rstd.dtype, device=db.device
-        )
+        parts = rstd.new_empty((2, splits * in_blocks, out_channels))
         conv_bwd_reduce_kernel[(blocks, in_blocks, splits)](
             db,
             source,
@@ -579,7 +578,7 @@ def gram_of_weights(weight: Tensor, above, dtype: torch.dtype, count: int) -> Te
     """-Q [J, J] of equation (20) in dtype, for `count` pixels; above is the unit's reference.Above."""
     out_channels, in_channels = weight.shape[:2]
     acc = above.rstd.dtype
-    q = torch.empty((in_channels, in_channels), dtype=dtype, device=weight.device)
+    q = above.rstd.new_empty((in_channels, in_channels), dtype=dtype)
     blocks = cdiv(in_channels, BLOCK_C)
     gram_of_weights_kernel[(blocks, blocks)](
         packed(weight, dtype),

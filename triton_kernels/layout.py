@@ -24,6 +24,8 @@ PROGRAMS = 1024
 MOST_SPLITS = 128
 # Values per channel of a split, at least: its partial results are then a thirtieth of what it reads, or less.
 LEAST_VALUES = 128
+# Elements of a channel slab that one program keeps in registers, over all tensors that it keeps: 32 per thread of 16 warps.
+SLAB = 16384
 # Channels of a tile at most, in channels_last. A reduction takes fewer, a line of 16-bit values: more blocks keep more of the
 # machine busy where there are few pixels.
 MOST_CHANNELS, MOST_REDUCED_CHANNELS = 128, 64
@@ -139,6 +141,41 @@ def _split(
     wanted = max(1, min(most_splits, programs // blocks, tiles, view.count // least_values))
     per_split = cdiv(tiles, wanted)
     return Split(rows, columns, blocks, cdiv(tiles, per_split), per_split)
+
+
+class Slab(NamedTuple):
+    """All values of some channels as one tile [rows, columns]: of channels_last, pixels and channels; of planes, the images and the
+    pixels of one channel. blocks: how many there are; warps: of the program that holds one."""
+
+    rows: int
+    columns: int
+    blocks: int
+    warps: int
+
+
+def slab_of(view: View, element_size: int, tensors: int) -> Slab | None:
+    """The slab of a kernel that keeps so many tensors of a channel from its reduction to its end; None where it does not fit, and
+    where there is nothing. Of channels_last, a sector of 32 bytes of channels, or half of one where only that fits."""
+    return _slab(view, element_size, tensors, SLAB)
+
+
+@functools.lru_cache(4096)
+def _slab(view: View, element_size: int, tensors: int, most: int) -> Slab | None:
+    if not view.rows * view.columns:
+        return None
+    if view.channel_is_column:
+        rows = next_power_of_2(view.rows)
+        columns = max(8, 32 // element_size)
+        if tensors * rows * columns > most:
+            columns = 8
+        blocks = cdiv(view.channels, columns)
+    else:
+        rows = next_power_of_2(view.rows // view.channels)
+        columns = next_power_of_2(max(view.columns, 8))
+        blocks = view.channels
+    if tensors * rows * columns > most:
+        return None
+    return Slab(rows, columns, blocks, max(WARPS, rows * columns * tensors // 1024))
 
 
 def is_wide(view: View) -> bool:
