@@ -86,5 +86,5 @@ def _state(weight: Tensor) -> tuple:
         weight.stride(),
         weight.device,
         # On a GPU to look at elements would be to wait for it.
-        _checksum(weight) if _checksum is not None and weight.device.type == "cpu" else None,
+        _checksum(weight) if _checksum is not None and weight.is_cpu else None,
     )
