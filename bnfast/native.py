@@ -179,9 +179,9 @@ def fuses_chain(x, weight, stride, padding, dilation, groups):
 def _joins(x, weight, stride, padding, dilation, groups):
     # One channel is NCHW as well as channels_last, and what comes of it might be either.
     return (
-        _is_eager(x)
+        x.is_cpu
+        and _is_eager(x)
         and min(weight.shape[:2]) > 1
-        and x.device.type == "cpu"
         and _memory_format(x) == torch.channels_last
         and (
             _runs_as_pointwise(x, weight, stride, padding, groups)
@@ -366,9 +366,12 @@ def _as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _memory_format(t: Tensor) -> torch.memory_format:
     """The layout that a convolution of t gives."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    if last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last):
-        return last
+    if not t.is_contiguous():
+        dims = t.dim()
+        if dims == 4 and t.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if dims == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
     return torch.contiguous_format
 
 

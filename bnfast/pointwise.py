@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LANES = 16
+# BNFAST_POINTWISE: "0" turns the form off, "1" uses it wherever it can be used. Read once.
+mode = os.environ.get("BNFAST_POINTWISE", "")
 
 
 def packed_weight(weight: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def packed_weight(weight: Tensor) -> Tensor:
 
 def is_forced() -> bool:
     """Whether BNFAST_POINTWISE says what is to be done."""
-    return os.environ.get("BNFAST_POINTWISE", "") in ("0", "1")
+    return mode in ("0", "1")
 
 
 def can_serve(
@@ -39,7 +41,7 @@ def can_serve(
     return (
         groups == 1
         and x.dtype == torch.float32
-        and tuple(kernel) == (1, 1)
+        and kernel == (1, 1)
         and tuple(stride) == (1, 1)
         and not any(padding)
     )
@@ -58,9 +60,8 @@ def serves(
     Where it can it pays with vectors of 256 bits or more, unless C is a multiple of 1,024: the pixels of a tile then lie in the
     same few places of the L1 cache. BNFAST_POINTWISE=0 turns it off, BNFAST_POINTWISE=1 uses it wherever it can be used.
     """
-    if not can_serve(x, kernel, stride, padding, groups):
+    if mode == "0" or not can_serve(x, kernel, stride, padding, groups):
         return False
-    mode = os.environ.get("BNFAST_POINTWISE", "")
-    if mode in ("0", "1"):
-        return mode == "1"
+    if mode == "1":
+        return True
     return capability != "baseline" and x.shape[1] % 1024 != 0

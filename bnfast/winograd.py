@@ -22,6 +22,8 @@ _G = (
 _LANES = 16
 _conv_precision = getattr(torch.backends.mkldnn, "conv", None)
 _MOST_WASTE = 2.0  # places that are computed over those that exist; the form is no gain beyond it
+# BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
+mode = os.environ.get("BNFAST_WINOGRAD", "")
 
 
 def transformed_weight(weight: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def transformed_weight(weight: Tensor) -> Tensor:
 
 def is_forced() -> bool:
     """Whether BNFAST_WINOGRAD says what is to be done."""
-    return os.environ.get("BNFAST_WINOGRAD", "") in ("0", "1")
+    return mode in ("0", "1")
 
 
 def can_serve(
@@ -55,17 +57,16 @@ def can_serve(
     if (
         groups != 1
         or x.dtype != torch.float32
-        or tuple(kernel) != (3, 3)
+        or kernel != (3, 3)
         or tuple(stride) != (1, 1)
         or tuple(dilation) != (1, 1)
     ):
         return False
-    if getattr(_conv_precision, "fp32_precision", None) == "ieee":
+    # Spelled out, as it is asked for at every call of most units. Where nothing fits the stock convolution says what is wrong.
+    (_, _, height, width), (top, left) = x.shape, padding
+    if top < 0 or left < 0 or height + 2 * top < 3 or width + 2 * left < 3:
         return False
-    # Else the stock convolution says what is wrong.
-    return min(padding) >= 0 and all(
-        size + 2 * p >= 3 for size, p in zip(x.shape[2:], padding, strict=True)
-    )
+    return getattr(_conv_precision, "fp32_precision", None) != "ieee"
 
 
 def serves(
@@ -83,11 +84,11 @@ def serves(
     Where it can it pays from 16 channels on, where tiles are not mostly outside of the output, and with vectors of 256 bits or
     more. BNFAST_WINOGRAD=0 turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
     """
-    if not can_serve(x, kernel, stride, padding, dilation, groups):
+    if mode == "0" or not can_serve(x, kernel, stride, padding, dilation, groups):
         return False
-    mode = os.environ.get("BNFAST_WINOGRAD", "")
-    if mode in ("0", "1"):
-        return mode == "1"
-    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
+    if mode == "1":
+        return True
+    (_, channels, height, width), (top, left) = x.shape, padding
+    height, width = height + 2 * top - 2, width + 2 * left - 2
     waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
-    return min(x.shape[1], out_channels) >= 16 and waste <= _MOST_WASTE and capability != "baseline"
+    return channels >= 16 <= out_channels and waste <= _MOST_WASTE and capability != "baseline"

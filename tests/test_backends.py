@@ -67,8 +67,9 @@ def channel_sum(tensor: Tensor) -> Tensor:
 class Magnitudes:
     """How large the quantities are whose rounding each output contains: the `scale` of the closeness rule.
 
-    Everything in float64. mean_error is how large the mean is from whose rounding z - mean suffers: 0 where the mean is
-    an argument (then z - mean is exact up to one rounding), |mean| where it is computed from z.
+    Everything in float64. z - mean suffers from the mean's rounding where that is computed from z: then it is as large as the values
+    that were added up are on average, which may be far more than |mean|. Where the mean is an argument z - mean is exact up to one
+    rounding.
     """
 
     def __init__(self, case: Case, t: Inputs, mean: Tensor, rstd: Tensor, computed_mean: bool):
@@ -77,7 +78,7 @@ class Magnitudes:
         self.gain = (rstd * (one if t.gamma is None else t.gamma)).abs()
         self.centred = (t.z - wide(mean, t.z)).abs()
         if computed_mean:
-            self.centred = self.centred + wide(mean, t.z).abs()
+            self.centred = self.centred + wide(channel_sum(t.z.abs()) / max(case.count, 1), t.z)
         self.pre = self.centred * wide(self.gain, t.z)
         for term in (None if t.beta is None else wide(t.beta, t.z), t.residual):
             if term is not None:
@@ -276,7 +277,8 @@ def check_step(backend, case: Case) -> None:
     oracle = run_phases(reference, case, o)
     actual = run_phases(backend.module, case, t)
     assert actual.keys() == oracle.keys()
-    sums = (oracle["dgamma"], oracle["dbeta"]) if case.training else (None, None)
+    # Both sums are computed here: their roundings are those of what was added up.
+    sums = (size.dgamma, size.dbeta) if case.training else (None, None)
     scales = {
         "y": size.pre,
         "dgamma": size.dgamma,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnfast
-from bnfast import native
+from bnfast import native, pointwise, winograd
 from bnfast.measure import saved_activation_bytes
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -797,8 +797,8 @@ def test_second_convert_changes_nothing():
 
 @needs_native
 def test_explain_tells_how_convolutions_ran_and_what_they_keep(monkeypatch):
-    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
-    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+    monkeypatch.setattr(winograd, "mode", "1")
+    monkeypatch.setattr(pointwise, "mode", "1")
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),

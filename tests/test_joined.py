@@ -9,7 +9,7 @@ from closeness import assert_bit_equal, assert_close_to_oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnfast import native, ops, reference
+from bnfast import native, ops, pointwise, reference, winograd
 from bnfast.reference import Above, Below, Beside, Norm
 
 pytestmark = [
@@ -24,8 +24,8 @@ STATS = (None, None, None, 0.1, 1e-5)
 @pytest.fixture
 def everywhere(monkeypatch):
     """Our convolutions wherever they can be used, not only where they pay."""
-    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
-    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+    monkeypatch.setattr(winograd, "mode", "1")
+    monkeypatch.setattr(pointwise, "mode", "1")
 
 
 def last(*size: int, mean: float = 0.0) -> torch.Tensor:

@@ -24,7 +24,7 @@ GEOMETRY = (ONES, ZEROS, ONES, 1)
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+    monkeypatch.setattr(pointwise, "mode", "1")
 
 
 def channels_last(*size: int, mean: float = 0.0) -> torch.Tensor:
@@ -197,7 +197,7 @@ def serves(x, kernel=(1, 1), stride=(1, 1), padding=(0, 0), groups=1, capability
 
 
 def test_the_choice(monkeypatch):
-    monkeypatch.delenv("BNFAST_POINTWISE", raising=False)
+    monkeypatch.setattr(pointwise, "mode", "")
     x = torch.empty(2, 32, 8, 8)
     assert serves(x)
     assert not serves(x.double()) and not serves(x.bfloat16())
@@ -205,9 +205,9 @@ def test_the_choice(monkeypatch):
     assert not serves(x, padding=(0, 1)) and not serves(x, groups=2)
     assert not serves(x, capability="baseline")
     assert not serves(torch.empty(2, 2048, 8, 8)), "pixels of a tile would collide in the cache"
-    monkeypatch.setenv("BNFAST_POINTWISE", "1")
+    monkeypatch.setattr(pointwise, "mode", "1")
     assert serves(x, capability="baseline") and not serves(x.double())
-    monkeypatch.setenv("BNFAST_POINTWISE", "0")
+    monkeypatch.setattr(pointwise, "mode", "0")
     assert not serves(x)
 
 

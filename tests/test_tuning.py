@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bnfast
-from bnfast import dispatch, native, tuning
+from bnfast import dispatch, native, pointwise, tuning, winograd
 from bnfast.cli import main
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -19,8 +19,8 @@ def table(tmp_path, monkeypatch):
     """The path of a table that is not there yet, and in force."""
     file = tmp_path / "cache" / "tuning.json"
     monkeypatch.setenv("BNFAST_TUNING", str(file))
-    for name in ("BNFAST_WINOGRAD", "BNFAST_POINTWISE"):
-        monkeypatch.delenv(name, raising=False)
+    for form in (winograd, pointwise):
+        monkeypatch.setattr(form, "mode", "")
     tuning._refresh()
     yield file
     monkeypatch.undo()
@@ -105,10 +105,10 @@ def test_the_environment_comes_first(table, monkeypatch):
     model = bnfast.convert(net())
     bnfast.tune(model, images(), rounds=1)
     rewritten(table, lambda row: "direct")
-    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    monkeypatch.setattr(winograd, "mode", "1")
     assert forms(model)["6"] == {"winograd"}
     rewritten(table, lambda row: "product" if row["shape"][2][2] == 1 else "winograd")
-    monkeypatch.setenv("BNFAST_WINOGRAD", "0")
+    monkeypatch.setattr(winograd, "mode", "0")
     assert forms(model)["6"] == {"packed"}
 
 

@@ -20,7 +20,7 @@ ONES = [1, 1]
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    monkeypatch.setattr(winograd, "mode", "1")
 
 
 def channels_last(*size: int, mean: float = 0.0) -> torch.Tensor:
@@ -110,7 +110,7 @@ def serves(
 
 
 def test_the_choice(monkeypatch):
-    monkeypatch.delenv("BNFAST_WINOGRAD", raising=False)
+    monkeypatch.setattr(winograd, "mode", "")
     x = torch.empty(2, 32, 8, 8)
     assert serves(x)
     assert not serves(x.double()) and not serves(x.bfloat16())
@@ -122,9 +122,9 @@ def test_the_choice(monkeypatch):
     assert not serves(x, groups=2) and not serves(x, out_channels=8) and not serves(x[:, :3])
     assert not serves(x[..., :2, :2]), "most of the tile would lie outside"
     assert not winograd.serves(x, (3, 3), 32, ONES, ONES, ONES, 1, "baseline")
-    monkeypatch.setenv("BNFAST_WINOGRAD", "1")
+    monkeypatch.setattr(winograd, "mode", "1")
     assert serves(x, out_channels=8) and not serves(x.double())
-    monkeypatch.setenv("BNFAST_WINOGRAD", "0")
+    monkeypatch.setattr(winograd, "mode", "0")
     assert not serves(x)
 
 
@@ -133,7 +133,7 @@ def test_the_choice(monkeypatch):
     reason="this PyTorch has no precision setting for convolutions",
 )
 def test_ieee_precision_turns_it_off(monkeypatch):
-    monkeypatch.delenv("BNFAST_WINOGRAD", raising=False)
+    monkeypatch.setattr(winograd, "mode", "")
     before = torch.backends.mkldnn.conv.fp32_precision
     torch.backends.mkldnn.conv.fp32_precision = "ieee"
     try:
