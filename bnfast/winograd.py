@@ -4,6 +4,7 @@ A tile of 4 x 4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (a
 -2 and infinity: 36 products in place of 144. The kernel is csrc/cpu/conv_winograd_kernels.h.
 """
 
+import functools
 import math
 import os
 
@@ -20,10 +21,15 @@ _G = (
     (0, 0, 1),
 )
 _LANES = 16
-_conv_precision = getattr(torch.backends.mkldnn, "conv", None)
 _MOST_WASTE = 2.0  # places that are computed over those that exist; the form is no gain beyond it
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
+if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
+    _conv_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
+else:
+
+    def _conv_precision() -> str | None:
+        return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", None)
 
 
 def transformed_weight(weight: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ def can_serve(
     (_, _, height, width), (top, left) = x.shape, padding
     if top < 0 or left < 0 or height + 2 * top < 3 or width + 2 * left < 3:
         return False
-    return getattr(_conv_precision, "fp32_precision", None) != "ieee"
+    return _conv_precision() != "ieee"
 
 
 def serves(

@@ -49,14 +49,6 @@ struct Channel {
   }
 };
 
-// Calls body(offset, lanes) for each Block of n elements.
-template <class F>
-BNFAST_INLINE void for_blocks(int64_t n, F body) {
-  int64_t j = 0;
-  for (; j + kBlock <= n; j += kBlock) body(j, Whole{});
-  if (j < n) body(j, First{n - j});
-}
-
 // Calls body(first element, number of elements, first parameter, first word of bits) for each contiguous run.
 template <class F>
 BNFAST_INLINE void for_runs(RowSpan s, F body) {

@@ -113,9 +113,12 @@ class Winograd {
     const int64_t threads = at::get_num_threads(), fit = kTransformedFloats / (kWinogradPoints * d_.input_columns());
     const int64_t tiles = std::clamp(fit, kFewestTiles, kMostTiles);
     rows_per_unit_ = std::max<int64_t>(1, tiles / d_.tile_columns);
-    // Few units: as many as a usual number of threads shares out evenly.
+    // Few units: as many as a usual number of threads shares out evenly, where that leaves enough tiles to each.
     units_ = ceil_div(rows_, rows_per_unit_);
-    if (units_ > 1 && units_ < kFewUnits) rows_per_unit_ = ceil_div(rows_, ceil_div(units_, kEven) * kEven);
+    if (units_ > 1 && units_ < kFewUnits) {
+      const int64_t even = ceil_div(rows_, ceil_div(units_, kEven) * kEven);
+      if (even * d_.tile_columns >= kFewestTiles) rows_per_unit_ = even;
+    }
     units_ = ceil_div(rows_, rows_per_unit_);
     const int64_t wanted = units_ >= 2 * threads || units_ == 0 ? 1 : ceil_div(2 * threads, units_);
     blocks_per_piece_ = ceil_div(blocks_, std::clamp<int64_t>(blocks_ / kSplitBlocks, 1, wanted));

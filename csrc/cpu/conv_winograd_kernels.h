@@ -94,6 +94,13 @@ void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t
   for (; t + kWideTiles <= tiles; t += kWideTiles) {
     multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
   }
+  // Of many channels a panel of weights does not stay in the L1 cache: each group of rows fetches it anew.
+  if constexpr (kWideTiles > 8) {
+    if (t + 8 <= tiles) {
+      multiply_tiles<8, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
+      t += 8;
+    }
+  }
   for (; t < tiles; t += kNarrowRows) {
     multiply_tiles<kNarrowRows, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
   }

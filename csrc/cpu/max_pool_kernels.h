@@ -32,13 +32,6 @@ BNFAST_INLINE Block<A> load_places(const uint8_t* from, int64_t count) {
 BNFAST_INLINE int64_t lanes_of(Whole) { return kBlock; }
 BNFAST_INLINE int64_t lanes_of(First f) { return f.lanes; }
 
-template <class F>
-BNFAST_INLINE void for_channels(int64_t channels, F body) {
-  int64_t c = 0;
-  for (; c + kBlock <= channels; c += kBlock) body(c, Whole{});
-  if (c < channels) body(c, First{channels - c});
-}
-
 template <class T>
 void max_pool_rows(const MaxPool& d, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -49,7 +42,7 @@ void max_pool_rows(const MaxPool& d, int64_t begin, int64_t end) {
     for (int64_t ow = 0; ow < d.out_width; ++ow) {
       const int64_t w = ow * d.stride_width - d.padding_width, w_end = std::min(d.width, w + d.kernel_width);
       const int64_t at = (row * d.out_width + ow) * d.channels;
-      for_channels(d.channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
+      for_blocks(d.channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
         // As in PyTorch a NaN wins, the last one of several; of equal values the first.
         Block<A> best(-std::numeric_limits<double>::infinity());
         Block<A> place((std::max<int64_t>(h, 0) - h) * d.kernel_width + std::max<int64_t>(w, 0) - w);
@@ -81,7 +74,7 @@ void max_pool_backward_rows(const MaxPool& d, int64_t begin, int64_t end) {
       const int64_t ow = w < d.kernel_width ? 0 : (w - d.kernel_width) / d.stride_width + 1;
       const int64_t ow_end = std::min(d.out_width, w / d.stride_width + 1);
       T* to = static_cast<T*>(d.dy) + (row * d.width + column) * d.channels;
-      for_channels(d.channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
+      for_blocks(d.channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
         Block<A> sum(0);
         for (int64_t i = oh; i < oh_end; ++i) {
           for (int64_t j = ow; j < ow_end; ++j) {

@@ -420,4 +420,12 @@ BNFAST_INLINE Block<double> sigmoid(const Block<double>& x) {
   return load_block(lane);
 }
 
+// Calls body(offset, lanes) for each Block of n elements.
+template <class F>
+BNFAST_INLINE void for_blocks(int64_t n, F body) {
+  int64_t j = 0;
+  for (; j + kBlock <= n; j += kBlock) body(j, Whole{});
+  if (j < n) body(j, First{n - j});
+}
+
 }  // namespace bnfast::BNFAST_NAMESPACE
