@@ -21,7 +21,7 @@ from .layout import Slab, View, dense, is_wide, like, slab_of, view_of
 
 
 @triton.jit
-def slab(
+def slab_offsets(
     rows,
     columns,
     channels,
@@ -88,7 +88,7 @@ def bn_fwd_slab_kernel(
 ):
     """Equations (1) to (6) of this program's channels. The squares are taken around a rounded mean: the sum of the distances from
     it corrects both."""
-    at, mask, c, c_mask, r, column = slab(
+    at, mask, c, c_mask, r, column = slab_offsets(
         rows, columns, channels, CHANNEL_IS_COLUMN, WIDE, BLOCK_R, BLOCK_C
     )
     z = tl.load(z_ptr + at, mask, 0).to(ACC)
@@ -152,7 +152,7 @@ def bn_bwd_slab_kernel(
     ACC: tl.constexpr,
 ):
     """Equations (7) to (11) of this program's channels."""
-    at, mask, c, c_mask, r, column = slab(
+    at, mask, c, c_mask, r, column = slab_offsets(
         rows, columns, channels, CHANNEL_IS_COLUMN, WIDE, BLOCK_R, BLOCK_C
     )
     rstd = tl.load(rstd_ptr + c, c_mask, 0)
