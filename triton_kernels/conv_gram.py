@@ -482,7 +482,7 @@ def bn_fwd_apply_conv_fwd_apply(
         y = empty_last(z, batch, out_channels, height, width)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        bits = no_elements(z.device)
+        bits = None
         if want_bits:
             bits = z.new_empty(pixels * cdiv(out_channels, 8), dtype=torch.uint8)
         conv_fwd_apply_kernel[(cdiv(out_channels, BLOCK_K), cdiv(pixels, BLOCK_M))](
@@ -493,7 +493,7 @@ def bn_fwd_apply_conv_fwd_apply(
             residual,
             residual_norm,
             y,
-            bits if want_bits else None,
+            bits,
             pixels,
             in_channels,
             out_channels,
@@ -501,7 +501,7 @@ def bn_fwd_apply_conv_fwd_apply(
             SLOPE=slope,
             OWN_ACT=own_act,
             OWN_SLOPE=own_slope,
-            WIDE=y.numel() >= 2**30,
+            WIDE=pixels * out_channels >= 2**30,
             BLOCK_M=BLOCK_M,
             BLOCK_K=BLOCK_K,
             BLOCK_J=BLOCK_J,
@@ -510,7 +510,7 @@ def bn_fwd_apply_conv_fwd_apply(
             num_warps=THREADS // launch.LANES,
             num_stages=2 if z.dtype.itemsize == 2 else 1,
         )
-    return y, bits
+    return y, no_elements(z.device) if bits is None else bits
 
 
 def bn_bwd_mask(dy: Tensor, bits: Tensor, act: str, slope: float) -> Tensor:
