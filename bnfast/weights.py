@@ -20,7 +20,7 @@ except ImportError:  # then there is no pool
     _checksum = _clear_pool = None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     weight: weakref.ref
     state: tuple
@@ -77,14 +77,16 @@ def _forget(key: int, ref: weakref.ref) -> None:
 
 
 def _state(weight: Tensor) -> tuple:
-    version = None if weight.is_inference() else weight._version
+    try:
+        version = weight._version
+    except RuntimeError:  # a tensor of inference mode has none
+        version = None
     return (
-        weight.data_ptr(),
+        weight.data_ptr(),  # which tells devices apart too
         version,
         weight.dtype,
         weight.shape,
         weight.stride(),
-        weight.device,
         # On a GPU to look at elements would be to wait for it.
         _checksum(weight) if _checksum is not None and weight.is_cpu else None,
     )

@@ -243,7 +243,7 @@ def reduce_dense(
         zero = torch.zeros_like(mean)
         return zero, zero.clone()
     split = split_of(view)
-    parts = mean.new_empty((2, split.splits, view.channels))
+    parts = mean.new_empty(2, split.splits, view.channels)
     bn_bwd_reduce_kernel[(split.blocks, split.splits)](
         dy,
         z,

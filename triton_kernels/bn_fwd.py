@@ -416,7 +416,7 @@ def reduce_dense(
         mean = torch.zeros(z.shape[1], dtype=acc, device=z.device)
         return mean, mean.clone(), rstd_of(mean, eps)
     split = split_of(view)
-    parts = z.new_empty((split.splits, 3 * view.channels + 1), dtype=acc)
+    parts = z.new_empty(split.splits, 3 * view.channels + 1, dtype=acc)
     bn_fwd_reduce_kernel[(split.blocks, split.splits)](
         z,
         parts,

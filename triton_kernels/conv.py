@@ -138,11 +138,14 @@ def fuses_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: in
 
 def fuses_gram(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
     """See reference.fuses_gram: on the route "gram", where z is larger than what its statistics are taken from."""
+    if route != "gram" or weight.dim() != 4:
+        return False
+    out_channels, in_channels, *kernel = weight.shape
     return (
-        route == "gram"
-        and tuple(weight.shape[2:]) == tuple(stride) == (1, 1)
+        out_channels >= 2 * in_channels  # what most are not comes first
+        and kernel == [1, 1]
+        and tuple(stride) == (1, 1)
         and not any(padding)
-        and weight.shape[0] >= 2 * weight.shape[1]
         and fuses_chain(x, weight, stride, padding, (1, 1), groups)
     )
 

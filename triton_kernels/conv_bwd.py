@@ -268,7 +268,7 @@ def launch_dgrad(
         q = gram_of_weights(weight, above, dy.dtype, dy.numel() // dy.shape[1])
     if with_sums:
         sums = 2 if beside is None else 3
-        parts = below.rstd.new_empty((sums, grid[1], in_channels))
+        parts = below.rstd.new_empty(sums, grid[1], in_channels)
     conv_dgrad_kernel[grid](
         dy,
         above,

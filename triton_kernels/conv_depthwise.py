@@ -230,7 +230,7 @@ def launch_depthwise(
     parts = None
     if with_moments:
         size = (grid[1], 3 * channels + 1)
-        parts = x.new_empty(size, dtype=acc) if norm is None else norm.rstd.new_empty(size)
+        parts = x.new_empty(*size, dtype=acc) if norm is None else norm.rstd.new_empty(*size)
     conv_depthwise_fwd_reduce_kernel[grid](
         x,
         norm,
@@ -279,7 +279,7 @@ def launch_depthwise_dgrad(
         return dx, None
     parts = None
     if with_sums:
-        parts = below.rstd.new_empty((2 if beside is None else 3, grid[1], channels))
+        parts = below.rstd.new_empty(2 if beside is None else 3, grid[1], channels)
     conv_depthwise_dgrad_kernel[grid](
         dy,
         above,

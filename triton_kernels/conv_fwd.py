@@ -153,7 +153,7 @@ def launch_conv(
     parts = None
     if with_moments:
         size = (grid[1], 3 * out_channels + 1)
-        parts = x.new_empty(size, dtype=acc) if norm is None else norm.rstd.new_empty(size)
+        parts = x.new_empty(*size, dtype=acc) if norm is None else norm.rstd.new_empty(*size)
     conv_fwd_reduce_kernel[grid](
         x,
         norm,

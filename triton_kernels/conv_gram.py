@@ -409,10 +409,10 @@ def bn_fwd_apply_gram_reduce(
         pixels = z.numel() // channels
         blocks = cdiv(channels, BLOCK_K)
         splits, per_split = split_pixels(pixels, GRAM_M, blocks**2, channels, MOST_SPLITS)
-        parts = z.new_empty((splits, channels + 1, channels), dtype=acc)
+        parts = z.new_empty(splits, channels + 1, channels, dtype=acc)
         origin = parts.new_empty(channels)
         mean_x = torch.empty_like(origin)
-        shared = {"ACC": TRITON_DTYPES[acc], "num_warps": THREADS // launch.LANES}
+        accurate, warps = TRITON_DTYPES[acc], THREADS // launch.LANES
         gram_kernel[(blocks**2, splits)](
             z,
             norm,
@@ -428,13 +428,23 @@ def bn_fwd_apply_gram_reduce(
             BLOCK_M=GRAM_M,
             BLOCK_J=BLOCK_K,
             PRECISION=exact(z.dtype),
+            ACC=accurate,
+            num_warps=warps,
             num_stages=1,
-            **shared,
         )
-        gram = parts.new_empty((channels, channels))
+        gram = parts.new_empty(channels, channels)
         square = cdiv(channels, BLOCK_C)
         finalise_gram_kernel[(square, square)](
-            parts, origin, gram, mean_x, channels, splits, pixels, BLOCK_C=BLOCK_C, **shared
+            parts,
+            origin,
+            gram,
+            mean_x,
+            channels,
+            splits,
+            pixels,
+            BLOCK_C=BLOCK_C,
+            ACC=accurate,
+            num_warps=warps,
         )
         rstd = parts.new_empty(out_channels)
         finalise_statistics_kernel[(cdiv(out_channels, BLOCK_C),)](
@@ -454,8 +464,9 @@ def bn_fwd_apply_gram_reduce(
             BLOCK_K=BLOCK_C,
             BLOCK_J=BLOCK_C,
             PRECISION=exact(acc),
+            ACC=accurate,
+            num_warps=warps,
             num_stages=1,
-            **shared,
         )
     return mean_x, rstd
 
@@ -550,7 +561,7 @@ def bn_fwd_apply_conv_bwd_reduce(
         splits, per_split = split_pixels(
             pixels, BLOCK_M, programs, 2 * in_blocks, MOST_SPLITS // in_blocks
         )
-        parts = rstd.new_empty((2, splits * in_blocks, out_channels))
+        parts = rstd.new_empty(2, splits * in_blocks, out_channels)
         conv_bwd_reduce_kernel[(blocks, in_blocks, splits)](
             db,
             source,
@@ -578,7 +589,7 @@ def gram_of_weights(weight: Tensor, above, dtype: torch.dtype, count: int) -> Te
     """-Q [J, J] of equation (20) in dtype, for `count` pixels; above is the unit's reference.Above."""
     out_channels, in_channels = weight.shape[:2]
     acc = above.rstd.dtype
-    q = above.rstd.new_empty((in_channels, in_channels), dtype=dtype)
+    q = above.rstd.new_empty(in_channels, in_channels, dtype=dtype)
     blocks = cdiv(in_channels, BLOCK_C)
     gram_of_weights_kernel[(blocks, blocks)](
         packed(weight, dtype),
