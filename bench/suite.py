@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from bench import timing
+import bnfast
+from bench import cases, gate, peers, timing
 
 
 def rounds() -> int:
@@ -48,3 +49,47 @@ def run(
         peers=found,
         **timing.compare(mine, found),
     )
+
+
+def run_phase(benchmark, case: cases.Phase, device: torch.device, network: str) -> None:
+    """Times a case of the BatchNorm phases, behind its gate; `network` is its name in the report."""
+    benchmark.group = f"BN phases of {case.network}, {case.kind}, {case.dtype}"
+    data = peers.phase_data(case, device)
+    gate.avoid_kinks(case, data)
+    sides = peers.phase_steps(case, data, compiled=cases.compiled())
+    gate.check_phase(case, data, sides)
+    run(
+        benchmark,
+        sides,
+        device,
+        suite="phase",
+        network=network,
+        dtype=case.dtype,
+        kind=case.kind,
+        shape=case.shape,
+        count=case.count,
+    )
+
+
+def run_step(
+    benchmark, case: cases.Step, device: torch.device, network: str
+) -> dict[str, peers.TrainingStep]:
+    """Times a training step, behind its gates; `network` is its name in the report. Returns all sides."""
+    benchmark.group = f"training step, {case.dtype}"
+    gate.check_model(case, device)
+    sides = peers.training_steps(case, device, compiled=cases.compiled())
+    gate.check_first_step(case, sides)
+    units = bnfast.explain(sides[timing.OURS].model)
+    run(
+        benchmark,
+        sides,
+        device,
+        suite="step",
+        network=network,
+        dtype=case.dtype,
+        batch=case.batch,
+        size=case.size,
+        fused=len(units.fused),
+        left=len(units.left),
+    )
+    return sides

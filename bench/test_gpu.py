@@ -6,7 +6,7 @@ import torch
 from bnfast.triton_kernels import conv
 
 import bnfast
-from bench import cases, gate, peers, suite, timing
+from bench import cases, suite
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,22 +27,7 @@ def named(backend: str) -> str:
 def test_phase(benchmark, case, device, backend):
     """BN (+ add) (+ act) forward and backward by one backend."""
     with bnfast.use_backend(named(backend)):
-        benchmark.group = f"BN phases of {case.network}, {case.kind}, {case.dtype}"
-        data = peers.phase_data(case, device)
-        gate.avoid_kinks(case, data)
-        sides = peers.phase_steps(case, data, compiled=cases.compiled())
-        gate.check_phase(case, data, sides)
-        suite.run(
-            benchmark,
-            sides,
-            device,
-            suite="phase",
-            network=f"{case.network}, {backend}",
-            dtype=case.dtype,
-            kind=case.kind,
-            shape=case.shape,
-            count=case.count,
-        )
+        suite.run_phase(benchmark, case, device, f"{case.network}, {backend}")
 
 
 @pytest.mark.parametrize("route", ["gram"] if cases.quick() else ["cudnn", "fused", "gram"])
@@ -51,20 +36,4 @@ def test_step(benchmark, case, device, route, monkeypatch):
     """A training step in Triton, convolutions as BNFAST_TRITON_CONV says."""
     monkeypatch.setattr(conv, "route", route)
     with bnfast.use_backend(named("triton")):
-        benchmark.group = f"training step, {case.dtype}"
-        gate.check_model(case, device)
-        sides = peers.training_steps(case, device, compiled=cases.compiled())
-        gate.check_first_step(case, sides)
-        units = bnfast.explain(sides[timing.OURS].model)
-        suite.run(
-            benchmark,
-            sides,
-            device,
-            suite="step",
-            network=f"{case.network}, triton {route}",
-            dtype=case.dtype,
-            batch=case.batch,
-            size=case.size,
-            fused=len(units.fused),
-            left=len(units.left),
-        )
+        suite.run_step(benchmark, case, device, f"{case.network}, triton {route}")

@@ -3,26 +3,9 @@ forward and backward, on every layer shape of a network."""
 
 import pytest
 
-from bench import cases, gate, peers, suite
-
-CASES = cases.phase_cases()
+from bench import cases, suite
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", cases.phase_cases(), ids=lambda case: case.id)
 def test_phase(benchmark, case, device):
-    benchmark.group = f"BN phases of {case.network}, {case.kind}, {case.dtype}"
-    data = peers.phase_data(case, device)
-    gate.avoid_kinks(case, data)
-    sides = peers.phase_steps(case, data, compiled=cases.compiled())
-    gate.check_phase(case, data, sides)
-    suite.run(
-        benchmark,
-        sides,
-        device,
-        suite="phase",
-        network=case.network,
-        dtype=case.dtype,
-        kind=case.kind,
-        shape=case.shape,
-        count=case.count,
-    )
+    suite.run_phase(benchmark, case, device, case.network)
