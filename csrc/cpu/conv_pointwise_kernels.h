@@ -35,7 +35,8 @@ void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t
 }
 
 inline void pointwise_product(const PointwiseConv& d, int64_t first, int64_t last) {
-  RunsAhead ahead(d.upcoming, d.upcoming_count);
+  const int64_t panels = (last - first + kWideBlocks - 1) / kWideBlocks;
+  RunsAhead ahead(d.upcoming, d.upcoming_count, panels * d.channels * std::max<int64_t>(1, d.rows / kWideRows));
   const auto panel = [&](int64_t from, int64_t to, int64_t block) {
     const auto of = [&](auto blocks) {
       const int64_t lanes = d.out_channels - (block + blocks - 1) * kBlock;
@@ -45,7 +46,6 @@ inline void pointwise_product(const PointwiseConv& d, int64_t first, int64_t las
     if (last - block >= kWideBlocks) of(std::integral_constant<int, kWideBlocks>{});
     else of(std::integral_constant<int, 1>{});
   };
-  const int64_t panels = (last - first + kWideBlocks - 1) / kWideBlocks;
   if (panels == 1 || !d.is_near()) {
     for (int64_t block = first; block < last; block += kWideBlocks) panel(0, d.rows, block);
     return;

@@ -15,13 +15,16 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTransformedFloats = 1 << 18;   // of the input, taken at once: half of an L2 cache of 2 MB
-constexpr int64_t kMostTiles = 96;
-constexpr int64_t kFewestTiles = 32;              // for each time that the weights are read
+// Bytes of what a unit reads, transforms and writes, which stay in an L2 cache of 2 MB beside the weights that pass through it.
+constexpr int64_t kUnitBytes = 900 << 10;
+constexpr int64_t kFewestTiles = 24, kMostTiles = 48;   // of a unit, about
+constexpr int64_t kWeightsNear = 1 << 20;               // bytes of weights that stay in the L2 cache
+constexpr int64_t kMostlyWeights = 4;                   // times the bytes of x and y: then threads share the weights, not the tiles
 constexpr int64_t kSplitBlocks = 4;               // output channels are split only so far: each piece transforms its input anew
 
 constexpr int64_t kFewUnits = 32;
-constexpr int64_t kEven = 4;
+constexpr int64_t kEven = 2;
+constexpr int64_t kFloat = sizeof(float);
 constexpr int kMostRuns = 6;                      // that are fetched for a unit
 constexpr int64_t kGroup = 64;                    // elements of a row of a reduction, at least where it can be
 
@@ -87,7 +90,7 @@ class Winograd {
   // The units as pixels of y, or nothing where one of them would end inside of a group of 16 elements.
   std::optional<PixelUnits> pixels() const {
     int64_t group = kWinogradLanes / std::gcd(d_.out_channels, kWinogradLanes);
-    if (d_.out_width % group != 0) return std::nullopt;
+    if (d_.out_width % group != 0 || is_shared_) return std::nullopt;
     while (group * d_.out_channels < kGroup && d_.out_width % (2 * group) == 0) group *= 2;
     PixelUnits units = {group, {}};
     for (int64_t u = 0; u <= units_; ++u) {
@@ -102,31 +105,58 @@ class Winograd {
   void all() const {
     at::parallel_for(0, units_ * pieces_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i % pieces_ * blocks_per_piece_;
-        piece(i / pieces_, block, std::min(blocks_, block + blocks_per_piece_));
+        // Threads that share the weights keep to their own.
+        const int64_t unit = is_shared_ ? i % units_ : i / pieces_, block = (is_shared_ ? i / units_ : i % pieces_) * blocks_per_piece_;
+        piece(unit, block, std::min(blocks_, block + blocks_per_piece_));
       }
     });
   }
 
  private:
   void cut() {
-    const int64_t threads = at::get_num_threads(), fit = kTransformedFloats / (kWinogradPoints * d_.input_columns());
-    const int64_t tiles = std::clamp(fit, kFewestTiles, kMostTiles);
-    rows_per_unit_ = std::max<int64_t>(1, tiles / d_.tile_columns);
-    // Few units: as many as a usual number of threads shares out evenly, where that leaves enough tiles to each.
-    units_ = ceil_div(rows_, rows_per_unit_);
-    if (units_ > 1 && units_ < kFewUnits) {
-      const int64_t even = ceil_div(rows_, ceil_div(units_, kEven) * kEven);
-      if (even * d_.tile_columns >= kFewestTiles) rows_per_unit_ = even;
+    const int64_t threads = at::get_num_threads();
+    const int64_t weights = kWinogradPoints * d_.channels * blocks_ * kWinogradLanes * kFloat;
+    weights_are_near_ = weights <= kWeightsNear;
+    d_.fetches_weights = !weights_are_near_;
+    const int64_t moved = kFloat * y.size(0) * (d_.height * d_.width * d_.channels + d_.out_height * d_.out_width * d_.out_channels);
+    is_shared_ = weights > kMostlyWeights * moved && blocks_ >= 2 * kSplitBlocks;
+    rows_per_unit_ = 1;
+    if (is_shared_) {
+      const int64_t most = std::max<int64_t>(1, 2 * kMostTiles / d_.tile_columns);
+      rows_per_unit_ = std::max<int64_t>(1, ceil_div(rows_, std::max<int64_t>(1, ceil_div(rows_, most))));
+    } else {
+      const int64_t tiles = tiles_wanted();
+      for (int64_t rows = 2; rows <= rows_ && rows * d_.tile_columns <= 2 * kMostTiles; ++rows) {
+        if (cost(rows, tiles) < cost(rows_per_unit_, tiles)) rows_per_unit_ = rows;
+      }
     }
     units_ = ceil_div(rows_, rows_per_unit_);
-    const int64_t wanted = units_ >= 2 * threads || units_ == 0 ? 1 : ceil_div(2 * threads, units_);
+    const int64_t wanted = is_shared_ ? threads : units_ >= 2 * threads || units_ == 0 ? 1 : ceil_div(2 * threads, units_);
     blocks_per_piece_ = ceil_div(blocks_, std::clamp<int64_t>(blocks_ / kSplitBlocks, 1, wanted));
     pieces_ = ceil_div(blocks_, blocks_per_piece_);
-    d_.tiles = ceil_div(std::min(tiles, rows_per_unit_ * d_.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
+    // Wide images: a row of tiles is taken in parts.
+    d_.tiles = ceil_div(std::min(2 * kMostTiles, rows_per_unit_ * d_.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
     // Few channels: the transformed input stays in the L2 cache while the products of two blocks at a time pass through it. Many:
     // it does not, and each of its 36 matrices is read once for all blocks.
-    d_.panel = fit >= kFewestTiles ? std::min<int64_t>(2, blocks_per_piece_) : blocks_per_piece_;
+    const bool is_near = kWinogradPoints * d_.input_columns() * d_.tiles * kFloat <= kUnitBytes;
+    d_.panel = is_near ? std::min<int64_t>(2, blocks_per_piece_) : blocks_per_piece_;
+  }
+
+  // Tiles of a unit that fill the cache.
+  int64_t tiles_wanted() const {
+    const int64_t streams = kWinogradTile * kWinogradTile * (2 * d_.input_columns() + 3 * blocks_ * kWinogradLanes);
+    const int64_t scratch = kWinogradPoints * (d_.input_columns() + std::min<int64_t>(2, blocks_) * kWinogradLanes);
+    return std::clamp(kUnitBytes / ((streams + scratch) * kFloat), kFewestTiles, kMostTiles);
+  }
+
+  // What units of so many rows of tiles cost, in products of one tile with the weights: tiles go through the product in groups of
+  // 12, 8 and 4, of which the smaller are slower, each unit reads the weights, and threads share units evenly only where these are
+  // many. Beyond what fills the cache it grows by a hundredth per tile.
+  double cost(int64_t rows, int64_t wanted) const {
+    const int64_t tiles = rows * d_.tile_columns, rest = tiles % 12;
+    const double groups = tiles - rest + (rest > 8 ? 14 : rest > 4 ? 8.5 : rest > 0 ? 5.5 : 0);
+    const int64_t units = ceil_div(rows_, rows), shared = units < kFewUnits ? ceil_div(units, kEven) * kEven : units;
+    return static_cast<double>(shared) * (groups + (weights_are_near_ ? 2 : 4)) * (1 + 0.01 * static_cast<double>(std::max<int64_t>(0, tiles - wanted)));
   }
 
   void make_room() {
@@ -153,15 +183,15 @@ class Winograd {
       const auto add = [&](const float* tensor, int64_t first, int64_t last, int64_t channels) {
         if (tensor) runs[d.upcoming_count++] = {tensor + first * channels, (last - first) * channels * static_cast<int64_t>(sizeof(float))};
       };
-      const int64_t in = in_pixel(begin), in_end = in_pixel(end), out = out_pixel(begin), out_end = out_pixel(end);
+      const int64_t in = in_pixel(begin), in_end = in_pixel(end), out = out_pixel(row(unit)), out_end = out_pixel(begin);
+      add(d.y, out, out_end, d.out_channels);
+      for (const float* tensor : behind_) add(tensor, out, out_end, d.out_channels);
       if (d.source) {
         add(d.source->reads(0), in, in_end, d.channels);
         add(d.source->reads_too(0), in, in_end, d.channels);
       } else {
         add(d.x, in, in_end, d.channels);
       }
-      add(d.y, out, out_end, d.out_channels);
-      for (const float* tensor : behind_) add(tensor, out, out_end, d.out_channels);
       d.upcoming = runs;
     }
     cpu_capability().winograd.tile_rows(d, row(unit), row(unit + 1), block, last_block, aligned_ + at::get_thread_num() * floats_);
@@ -172,6 +202,7 @@ class Winograd {
   Tensor x_, bias_, scratch_;
   float* aligned_ = nullptr;
   int64_t rows_, units_, rows_per_unit_, blocks_, blocks_per_piece_, pieces_, floats_ = 0;
+  bool weights_are_near_, is_shared_;
 };
 
 Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,

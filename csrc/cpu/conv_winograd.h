@@ -31,6 +31,7 @@ struct WinogradConv {
   int64_t tiles;                     // that are transformed together, a multiple of kWinogradRowGroup
   const Run* upcoming;               // what is needed after these tiles, fetched into the cache meanwhile
   int upcoming_count;
+  bool fetches_weights;              // ahead of their use, as they come from memory
   int64_t panel;                     // blocks of output channels that are transformed back together
 
   static int64_t blocks(int64_t count) { return (count + kWinogradLanes - 1) / kWinogradLanes; }

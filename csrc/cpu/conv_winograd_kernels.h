@@ -75,9 +75,9 @@ BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock&
 }
 
 // m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights.
-template <int kTiles, int kBlocks>
+template <int kTiles, int kBlocks, class A>
 BNFAST_INLINE void multiply_tiles(const float* v, int64_t v_step, const float* weights, int64_t channels, float* m, int64_t m_step,
-                                  RunsAhead& ahead) {
+                                  A& ahead) {
   multiply<kTiles, kBlocks>(v, v_step, weights, channels, ahead, [&](auto t, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
     store_block(m + t * m_step + b * kBlock, sum);
   });
@@ -87,9 +87,9 @@ BNFAST_INLINE void multiply_tiles(const float* v, int64_t v_step, const float* w
 constexpr int kWideTiles = BNFAST_VECTOR_BYTES == 64 ? kWideRows : kWinogradRowGroup;
 static_assert(kWideTiles % kWinogradRowGroup == 0 && kWinogradRowGroup % kNarrowRows == 0);
 
-template <int kBlocks>
+template <int kBlocks, class A>
 void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step,
-                   RunsAhead& ahead) {
+                   A& ahead) {
   int64_t t = 0;
   for (; t + kWideTiles <= tiles; t += kWideTiles) {
     multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
@@ -143,6 +143,29 @@ class InputRows {
   const float* rows_[kWinogradReach];
 };
 
+constexpr int kLinesPerTile = 8;   // calls of RunsAhead::line() beside a transform of a tile
+
+// What is needed next, and the weights of the next panel beside it.
+struct RunsAndWeightsAhead {
+  RunsAhead& runs;
+  RunsAhead weights;
+  BNFAST_INLINE void line() {
+    runs.line();
+    weights.line();
+  }
+};
+
+// The products of one panel of blocks at one point.
+template <int kBlocks>
+void multiply_panel(const WinogradConv& d, const float* v, const float* weights, const float* next_weights, int64_t rows, float* m,
+                    RunsAhead& ahead) {
+  const int64_t v_step = d.input_columns(), m_step = d.panel_columns();
+  if (!d.fetches_weights) return multiply_rows<kBlocks>(v, v_step, weights, d.channels, rows, m, m_step, ahead);
+  const Run run = {next_weights, kBlocks * d.channels * kBlock * static_cast<int64_t>(sizeof(float))};
+  RunsAndWeightsAhead both = {ahead, RunsAhead(&run, 1, (rows + kWideTiles - 1) / kWideTiles * d.channels)};
+  multiply_rows<kBlocks>(v, v_step, weights, d.channels, rows, m, m_step, both);
+}
+
 inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
   const int64_t in_columns = d.input_columns(), panel_columns = d.panel_columns();
   const int64_t in_matrix = d.matrix(in_columns), panel_matrix = d.matrix(panel_columns);
@@ -150,9 +173,12 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
   float* const transformed = zeros + in_columns;
   float* const products = transformed + kWinogradPoints * in_matrix;
   std::fill(zeros, zeros + in_columns, 0.0f);
-  RunsAhead ahead(d.upcoming, d.upcoming_count);
+  const int64_t all_tiles = (end - begin) * d.tile_columns, panels = (last - first + kWideBlocks - 1) / kWideBlocks;
+  const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
+                        kWinogradPoints * panels * (all_tiles / kWideTiles) * d.channels;
+  RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
   InputRows input(d, products + kWinogradPoints * panel_matrix);
-  const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns;
+  const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns, block_floats = d.channels * kBlock;
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
     const int64_t count = std::min(d.tiles, last_tile - from_tile);
@@ -169,7 +195,10 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
       }
       float* to = transformed + t * in_columns;
       int64_t c = 0;
-      for (; c + kBlock <= d.channels; c += kBlock) input_tile(from, c, Whole{}, to + c, in_matrix);
+      for (; c + kBlock <= d.channels; c += kBlock) {
+        for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
+        input_tile(from, c, Whole{}, to + c, in_matrix);
+      }
       if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);
     }
     const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
@@ -177,15 +206,16 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
       const int64_t width = std::min(d.panel, last - block);
       for (int64_t point = 0; point < kWinogradPoints; ++point) {
         const float* v = transformed + point * in_matrix;
-        const float* weights = d.weights + (point * blocks + block) * d.channels * kBlock;
+        const float* weights = d.weights + (point * blocks + block) * block_floats;
+        const float* next_point = point + 1 < kWinogradPoints ? weights + blocks * block_floats
+                                                              : d.weights + (block + width < last ? block + width : first) * block_floats;
         float* m = products + point * panel_matrix;
         int64_t b = 0;
         for (; b + kWideBlocks <= width; b += kWideBlocks) {
-          multiply_rows<kWideBlocks>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns, ahead);
+          const float* next = b + kWideBlocks < width ? weights + (b + kWideBlocks) * block_floats : next_point;
+          multiply_panel<kWideBlocks>(d, v, weights + b * block_floats, next, rows, m + b * kBlock, ahead);
         }
-        if (b < width) {
-          multiply_rows<1>(v, in_columns, weights + b * d.channels * kBlock, d.channels, rows, m + b * kBlock, panel_columns, ahead);
-        }
+        if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_point, rows, m + b * kBlock, ahead);
       }
       for (int64_t t = 0; t < count; ++t) {
         const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
@@ -201,6 +231,7 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
         for (int64_t b = 0; b < width; ++b) {
           const int64_t k = (block + b) * kBlock;
           const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
+          for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
           const float* m = products + t * panel_columns + b * kBlock;
           if (k + kBlock <= d.out_channels) output_tile(m, panel_matrix, bias, to, k, Whole{});
           else output_tile(m, panel_matrix, bias, to, k, First{d.out_channels - k});
