@@ -114,6 +114,7 @@ def phases(operators) -> SimpleNamespace:
     return SimpleNamespace(
         **vars(bn),
         conv_forward=reference.conv_forward,
+        conv_fwd_apply=reference.followed_by_apply(reference.conv_forward, bn.bn_fwd_apply),
         conv_fwd_reduce=conv_fwd_reduce,
         conv_fwd_reduce_apply=conv_fwd_reduce_apply,
         conv_dgrad=input_gradient,
@@ -124,6 +125,7 @@ def phases(operators) -> SimpleNamespace:
         fuses_chain=reference.fuses_chain,
         fuses_gram=reference.fuses_gram,
         max_pool=reference.max_pool,
+        max_pool_values=reference.max_pool_values,
         max_pool_backward=reference.max_pool_backward,
         se_fwd=reference.se_fwd,
         se_bwd_reduce=se_bwd_reduce,

@@ -165,6 +165,20 @@ def conv_fwd_reduce_apply(x, weight, bias, stride, padding, dilation, groups, *r
     return z, *bn_fwd_reduce_apply(z, *rest)
 
 
+def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
+    """See reference.conv_fwd_apply: a convolution of our own is normalised piece by piece while it is in the cache."""
+    conv = (weight, bias, stride, padding, dilation, groups)
+    if not fuses_chain(x, weight, stride, padding, dilation, groups):
+        return bn_fwd_apply(conv_forward(x, *conv), *norm, False)[0]
+    if weight.shape[2] == 1:
+        packed = _pointwise_weight(weight)
+        return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
+    turned = _winograd_weight(weight)
+    return torch.ops.bnfast.winograd_fwd_apply.default(
+        x, *norm, turned, bias, weight.shape[0], padding
+    )
+
+
 def joins_units():
     """See reference.joins_units."""
     return _chains
@@ -345,6 +359,13 @@ def max_pool(y, kernel, stride, padding):
     return reference.max_pool(y, kernel, stride, padding)
 
 
+def max_pool_values(y, kernel, stride, padding):
+    """See reference.max_pool_values."""
+    if _is_eager(y) and _memory_format(y) == torch.channels_last:
+        return torch.ops.bnfast.max_pool.default(y, kernel, stride, padding)[0]
+    return reference.max_pool_values(y, kernel, stride, padding)
+
+
 def max_pool_backward(dp, places, y, kernel, stride, padding):
     """See reference.max_pool_backward."""
     if _is_eager(dp) and _memory_format(y) == torch.channels_last:
@@ -486,6 +507,13 @@ def _fake_pointwise_conv(x, weights, bias, out_channels):
     )
 
 
+def _fake_fwd_apply(conv):
+    def fake(x, mean, rstd, gamma, beta, residual, act, slope, weights, bias, out_channels, *rest):
+        return conv(x, weights, bias, out_channels, *rest)
+
+    return fake
+
+
 def _fake_pointwise_bwd_reduce_apply_dgrad(dy, z, *args):
     *state, weights, in_channels = args
     dgamma, dbeta, _, dresidual = _fake_bn_bwd_reduce_apply(dy, z, *state)
@@ -602,9 +630,11 @@ if unavailable is None:
         ("depthwise_dgrad", _fake_depthwise_dgrad),
         ("pointwise_conv", _fake_pointwise_conv),
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
+        ("pointwise_fwd_apply", _fake_fwd_apply(_fake_pointwise_conv)),
         ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv)),
         ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_conv, 0)),
         ("winograd_conv", _fake_winograd_conv),
+        ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv)),
         ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_conv, 1)),
         ("max_pool", _fake_max_pool),

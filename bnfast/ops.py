@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from . import cross_rank, dispatch
 from .reference import (
@@ -364,11 +363,14 @@ class _Forward:
         if not spec.normalize:
             y, z = phases.conv_forward(x, *conv), None
         elif not spec.use_batch_statistics:
-            z = x if weight is None else phases.conv_forward(x, *conv)
             # A copy: the buffers may change before the backward pass.
-            mean = running_mean.to(accumulator(z.dtype), copy=True)
+            mean = running_mean.to(accumulator(x.dtype), copy=self.saves)
             rstd = rstd_of(running_var.to(mean.dtype), spec.eps)
-            y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
+            if weight is not None and not self.saves:
+                z, y = None, phases.conv_fwd_apply(x, *conv, mean, rstd, *affine[:-1])
+            else:
+                z = x if weight is None else phases.conv_forward(x, *conv)
+                y, bits = phases.bn_fwd_apply(z, mean, rstd, *affine)
         elif spec.group is not None:
             z = x if weight is None else phases.conv_forward(x, *conv)
             mean, m2, _ = phases.bn_fwd_reduce(z, None, None, None, *stats[3:])
@@ -398,7 +400,7 @@ class _Forward:
         if spec.pool is None:
             return y
         if not self.saves:
-            return F.max_pool2d(y, *spec.pool)
+            return phases.max_pool_values(y, *spec.pool)
         y, places = phases.max_pool(y, *spec.pool)
         self.saved_places.append(places)
         return y

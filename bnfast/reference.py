@@ -437,6 +437,22 @@ class Beside(NamedTuple):
     rstd: Tensor
 
 
+def followed_by_apply(conv_forward, bn_fwd_apply):
+    """The backend's conv_fwd_apply of its two parts."""
+
+    def conv_fwd_apply(
+        x, weight, bias, stride, padding, dilation, groups, mean, rstd, gamma, beta, residual, act, slope
+    ):  # fmt: skip
+        """conv_forward and bn_fwd_apply, where mean and rstd are known before z, which nobody asks for: y."""
+        z = conv_forward(x, weight, bias, stride, padding, dilation, groups)
+        return bn_fwd_apply(z, mean, rstd, gamma, beta, residual, act, slope, False)[0]
+
+    return conv_fwd_apply
+
+
+conv_fwd_apply = followed_by_apply(conv_forward, bn_fwd_apply)
+
+
 def joins_units() -> bool:
     """Whether there are convolutions that this backend's `fuses_chain` says yes to; else it need not be asked."""
     return False
@@ -702,6 +718,13 @@ def max_pool(
     down, across = _windows(pooled, stride, padding)
     place = (index // width - down) * kernel[1] + index % width - across
     return pooled, place.to(torch.uint8)
+
+
+def max_pool_values(
+    y: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """p of max_pool alone."""
+    return torch.nn.functional.max_pool2d(y, kernel, stride, padding)
 
 
 def max_pool_backward(

@@ -43,6 +43,9 @@ TORCH_LIBRARY(bnfast, m) {
       "max_pool_backward(Tensor dp, Tensor places, SymInt[] input_size, int[] kernel, int[] stride, int[] padding) -> Tensor");
   m.def("pointwise_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
   m.def(
+      "pointwise_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
+      "float slope, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
+  m.def(
       "pointwise_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
       "Tensor weights, Tensor? bias, SymInt out_channels, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
@@ -58,6 +61,9 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
       "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
   m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
+  m.def(
+      "winograd_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
+      "float slope, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
   m.def(
       "winograd_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
       "Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

@@ -215,7 +215,7 @@ def operator_inputs(name: str):
     layouts = ("contiguous", "channels_last", "slice", "transposed")
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
     acts = itertools.cycle(reference.ACTS)
-    if name.startswith("winograd_") or (name.startswith("pointwise_") and "apply" not in name):
+    if name.startswith(("winograd_", "pointwise_")) and name != "pointwise_bwd_reduce_apply_dgrad":
         yield from convolution_inputs(name, acts)
         return
     if name == "pointwise_bwd_reduce_apply_dgrad":
@@ -321,6 +321,11 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
         if name.endswith("_conv"):
             yield (x, weights, torch.randn(out), out, *geometry)
             yield (x, weights, None, out, *geometry)
+        elif name.endswith("_fwd_apply"):
+            norm = torch.rand(4, out) + 0.5  # mean, rstd, gamma, beta
+            conv = (weights, torch.randn(out), out, *geometry)
+            yield (x, *norm, last(2, out, *sizes), act, 0.01, *conv)
+            yield (x, *norm[:2], None, None, None, act, 0.01, *conv)
         elif name.endswith("_fwd_reduce"):
             stats = (*statistics(out, torch.float32), 0.1, 1e-5)
             yield (x, *vectors, act, 0.01, weights, None, out, *geometry, *stats)
@@ -392,8 +397,10 @@ def test_operators_are_the_phases():
         "bn_bwd_apply_conv_dgrad_reduce",
         "se_fwd",
         "se_bwd_apply",
+        "conv_fwd_apply",
         "conv_fwd_reduce_apply",
         "bn_bwd_reduce_apply_dgrad",
+        "max_pool_values",
     }
     assert phases - {
         "accumulator",

@@ -93,6 +93,45 @@ def test_thread_count_does_not_change_a_bit(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("batch, size", [(3, 7), (20, 9)])
+def test_threads_that_share_weights_change_no_bit(batch, size):
+    """Few pixels of many channels: the weights are the most of what is read, and each thread takes its part of them."""
+    x, weight = channels_last(batch, 144, size, size, mean=1.0), frozen(256, 144)
+    turned = winograd.transformed_weight(weight)
+    stats = (None, None, None, 0.1, 1e-5)
+    norm, behind = torch.rand(4, 144) + 0.5, torch.rand(4, 256) + 0.5
+    z, below = channels_last(batch, 144, size, size), channels_last(batch, 256, size, size)
+
+    def results() -> list[torch.Tensor]:
+        y = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+        forward = torch.ops.bnfast.winograd_fwd_reduce(
+            x, *norm, "relu", 0.0, turned, None, 256, ONES, *stats
+        )
+        backward = torch.ops.bnfast.winograd_dgrad_reduce(
+            x, z, *norm, *norm[:2], "relu", 0.0, turned, 256, ONES, None,
+            below, None, *behind, "relu", 0.0, None, None, None,
+        )  # fmt: skip
+        return [y, *forward, *backward]
+
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for i, (one, two) in enumerate(zip(found[0], other, strict=True)):
+            assert_bit_equal(two, one, f"result {i}")
+    y, z_of_y, mean, rstd = found[0][:4]
+    oracle = F.conv2d(x.double(), weight.double(), padding=1)
+    assert_close_as_winograd(y, oracle, [F.conv2d(x, weight, padding=1)], "y")
+    torch.testing.assert_close(mean.double(), z_of_y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    variance = z_of_y.double().var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
 def test_nan_stays_with_the_outputs_that_it_reaches(everywhere):
     x, weight = channels_last(2, 20, 12, 12), frozen(18, 20)
     x[1, 3, 2, 2] = math.nan

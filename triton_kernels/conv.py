@@ -16,8 +16,10 @@ from bnfast.reference import (
     Norm,
     Source,
     accumulator,
+    followed_by_apply,
     max_pool,
     max_pool_backward,
+    max_pool_values,
     se_bwd_apply,
     se_fwd,
 )
@@ -52,6 +54,7 @@ __all__ = [
     "bn_fwd_apply_gram_reduce",
     "conv_dgrad",
     "conv_forward",
+    "conv_fwd_apply",
     "conv_fwd_reduce",
     "conv_fwd_reduce_apply",
     "fuses_chain",
@@ -59,6 +62,7 @@ __all__ = [
     "joins_units",
     "max_pool",
     "max_pool_backward",
+    "max_pool_values",
     "se_bwd_apply",
     "se_bwd_reduce",
     "se_fwd",
@@ -158,6 +162,9 @@ def conv_forward(x, weight, bias, stride, padding, dilation, groups):
             return reference.conv_forward(x, weight, bias, *geometry, groups)
         launch = _launcher(weight, groups)
         return launch(x, None, "identity", 0.0, weight, bias, *geometry, False)[0]
+
+
+conv_fwd_apply = followed_by_apply(conv_forward, bn_fwd_apply)
 
 
 def _launcher(weight, groups):

@@ -600,6 +600,38 @@ const float* Normalised::reads(int64_t begin) const {
   return static_cast<const float*>(state_->tensors.z) + begin * state_->layout.channels;
 }
 
+struct AppliedBehind::State {
+  Tensor y, residual, parameters;
+  Layout layout;
+  BnTensors tensors;
+  const BnKernels& kernels;
+};
+
+AppliedBehind::AppliedBehind(Tensor& y, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                             const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
+                             const PixelUnits* units) {
+  if (residual) check_like(*residual, y, "residual");
+  state_.reset(new State{y, residual ? residual->contiguous(at::MemoryFormat::ChannelsLast) : Tensor(), {}, pixel_layout(y), {},
+                         kernels_for(y)});
+  if (units) state_->layout.length = units->group * state_->layout.channels;
+  set_arguments(state_->tensors, state_->parameters, y, state_->layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt,
+                state_->residual, act, slope);
+  state_->tensors.out = y.mutable_data_ptr();
+}
+AppliedBehind::~AppliedBehind() = default;
+int64_t AppliedBehind::granularity() const { return state_->layout.length / state_->layout.channels; }
+std::array<const float*, 3> AppliedBehind::reads() const { return {static_cast<const float*>(state_->tensors.residual)}; }
+void AppliedBehind::take(int64_t begin, int64_t end) const {
+  const Layout& l = state_->layout;
+  state_->kernels.fwd_apply_rows(state_->tensors, {l.length, begin * l.channels, end * l.channels});
+}
+void AppliedBehind::take_all() const {
+  const int64_t group = granularity(), groups = ceil_div(state_->layout.count(), group);
+  at::parallel_for(0, groups, std::max<int64_t>(1, kApplyUnit / state_->layout.length), [&](int64_t begin, int64_t end) {
+    take(begin * group, std::min(state_->layout.count(), end * group));
+  });
+}
+
 namespace {
 
 // Sets what the two backward phases share.

@@ -47,6 +47,23 @@ class Normalised final : public PixelSource {
   std::unique_ptr<State> state_;
 };
 
+// bn_fwd_apply of a convolution's result in its own memory, where the statistics are known before it.
+class AppliedBehind {
+ public:
+  // Without units pixels are taken from any multiple of granularity() on, else from any border of a unit on.
+  AppliedBehind(at::Tensor& y, const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& residual, c10::string_view act, double slope, const PixelUnits* units);
+  ~AppliedBehind();
+  int64_t granularity() const;                 // pixels
+  std::array<const float*, 3> reads() const;   // the residual, if there is one
+  void take(int64_t begin, int64_t end) const;
+  void take_all() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
 // bn_bwd_apply without residual, as a data gradient's input: dz, once the sums dgamma and dbeta are known.
 class Dz final : public PixelSource {
  public:

@@ -109,14 +109,10 @@ struct Units {
   }
 };
 
-Tensor pointwise_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels) {
-  const PoolScope pooled;
-  check_x(x);
-  Product product(x, weights, bias, x.size(1), out_channels);
-  product.set_x(x);
-  if (product.y.numel() == 0) return product.y;
+// All of y, shared out among the threads.
+void all_rows(const Product& product) {
   const int64_t rows = product.conv.rows, blocks = product.blocks, threads = at::get_num_threads();
-  const Units units(rows, product.conv.channels + out_channels, kRowGroup);
+  const Units units(rows, product.conv.channels + product.conv.out_channels, kRowGroup);
   // Few pixels: the output channels are shared out too.
   const int64_t blocks_per_unit = units.count >= threads ? blocks : ceil_div(ceil_div(blocks * units.count, threads), 2) * 2;
   const int64_t pieces = ceil_div(blocks, blocks_per_unit);
@@ -124,6 +120,43 @@ Tensor pointwise_conv(const Tensor& x, const Tensor& weights, const OptionalTens
     for (int64_t u = begin; u < end; ++u) {
       const int64_t row = u / pieces * units.each, block = u % pieces * blocks_per_unit;
       product.rows(row, std::min(rows, row + units.each), block, std::min(blocks, block + blocks_per_unit));
+    }
+  });
+}
+
+Tensor pointwise_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels) {
+  const PoolScope pooled;
+  check_x(x);
+  Product product(x, weights, bias, x.size(1), out_channels);
+  product.set_x(x);
+  if (product.y.numel() > 0) all_rows(product);
+  return product.y;
+}
+
+Tensor pointwise_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                           const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
+                           const Tensor& weights, const OptionalTensor& bias, int64_t out_channels) {
+  const PoolScope pooled;
+  check_x(x);
+  Product product(x, weights, bias, x.size(1), out_channels);
+  product.set_x(x);
+  const AppliedBehind behind(product.y, mean, rstd, gamma, beta, residual, act, slope, nullptr);
+  if (product.y.numel() == 0) return product.y;
+  const int64_t rows = product.conv.rows, step = std::lcm(kRowGroup, behind.granularity());
+  const Units units(rows, product.conv.channels + 2 * out_channels, step);
+  if (units.count < at::get_num_threads()) {
+    all_rows(product);
+    behind.take_all();
+    return product.y;
+  }
+  product.set_behind(behind.reads());
+  product.chunk = ceil_div(product.chunk, step) * step;
+  at::parallel_for(0, units.count, 1, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(rows, last * units.each);
+    for (int64_t from = first * units.each; from < end; from += product.chunk) {
+      const int64_t to = std::min(end, from + product.chunk);
+      product.rows(from, to, end, 0, product.blocks);
+      behind.take(from, to);
     }
   });
   return product.y;
@@ -245,6 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("pointwise_conv", &pointwise_conv);
+  m.impl("pointwise_fwd_apply", &pointwise_fwd_apply);
   m.impl("pointwise_fwd_reduce", &pointwise_fwd_reduce);
   m.impl("pointwise_bwd_reduce_apply_dgrad", &pointwise_bwd_reduce_apply_dgrad);
   m.impl("pointwise_dgrad_reduce", &pointwise_dgrad_reduce);

@@ -234,6 +234,31 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
   return {conv.y, own_mean, own_rstd};
 }
 
+Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                          const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
+                          const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding) {
+  const PoolScope pooled;
+  Winograd conv(x, weights, bias, out_channels, padding);
+  conv.set_input(x);
+  const std::optional<PixelUnits> units = conv.pixels();
+  const bool at_once = !units || conv.is_split();
+  const AppliedBehind behind(conv.y, mean, rstd, gamma, beta, residual, act, slope, at_once ? nullptr : &*units);
+  if (conv.y.numel() == 0) return conv.y;
+  if (at_once) {
+    conv.all();
+    behind.take_all();
+    return conv.y;
+  }
+  conv.set_behind(behind.reads());
+  at::parallel_for(0, static_cast<int64_t>(units->borders.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      conv.unit(u);
+      behind.take(units->borders[u], units->borders[u + 1]);
+    }
+  });
+  return conv.y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
     const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
@@ -269,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("winograd_conv", &winograd_conv);
+  m.impl("winograd_fwd_apply", &winograd_fwd_apply);
   m.impl("winograd_fwd_reduce", &winograd_fwd_reduce);
   m.impl("winograd_dgrad_reduce", &winograd_dgrad_reduce);
 }
