@@ -342,6 +342,8 @@ def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
     """A strided 1x1 kernel: gradient at the pixels that were read, 0 at the others."""
     ones, zeros = [1] * len(stride), [0] * len(stride)
     read = _dgrad_as_conv(dz, weight, groups, layout, zeros, zeros, ones)
+    if layout == torch.channels_last:
+        return torch.ops.bnfast.pointwise_spread.default(read, input_size, stride)
     dx = torch.zeros((*read.shape[:2], *input_size), dtype=dz.dtype, device=dz.device).contiguous(
         memory_format=layout
     )
@@ -498,6 +500,15 @@ def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
     )
 
 
+def _fake_pointwise_spread(read, input_size, stride):
+    return torch.empty(
+        (*read.shape[:2], *input_size),
+        dtype=read.dtype,
+        device=read.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _fake_pointwise_conv(x, weights, bias, out_channels):
     return torch.empty(
         (x.shape[0], out_channels, *x.shape[2:]),
@@ -630,6 +641,7 @@ if unavailable is None:
         ("depthwise_dgrad", _fake_depthwise_dgrad),
         ("pointwise_conv", _fake_pointwise_conv),
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
+        ("pointwise_spread", _fake_pointwise_spread),
         ("pointwise_fwd_apply", _fake_fwd_apply(_fake_pointwise_conv)),
         ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv)),
         ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_conv, 0)),

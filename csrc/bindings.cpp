@@ -42,6 +42,7 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "max_pool_backward(Tensor dp, Tensor places, SymInt[] input_size, int[] kernel, int[] stride, int[] padding) -> Tensor");
   m.def("pointwise_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
+  m.def("pointwise_spread(Tensor read, SymInt[] input_size, int[] stride) -> Tensor");
   m.def(
       "pointwise_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
       "float slope, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
@@ -88,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return bnfast::cpu_capability().name; },
         "The instruction set that the kernels use here: baseline, avx2 or avx512.");
   m.def("weight_checksum", &bnfast::weight_checksum, pybind11::arg("weight"),
-        "A checksum of a CPU tensor over at most 4,096 evenly spaced elements.");
+        "A checksum of a CPU tensor over 1,024 to 4,096 evenly spaced elements.");
   m.def("enter_pool", &bnfast::PoolScope::enter,
         "From here on large CPU tensors that this thread makes come from the pool of activation buffers; scopes nest.");
   m.def("leave_pool", &bnfast::PoolScope::leave, "Ends what enter_pool began.");

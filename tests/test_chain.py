@@ -4,6 +4,7 @@ The joined form is checked against plain PyTorch on every backend that has it; t
 autograd Function's own part is seen in float64.
 """
 
+import copy
 import weakref
 
 import pytest
@@ -474,6 +475,39 @@ def test_low_memory_beside_joined_convolutions(chain_backend, monkeypatch):
         )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_leading_batchnorm_waits_for_its_convolution(act, chain_backend, monkeypatch):
+    """Without a convolution of its own it is applied as the one behind it reads, as in DenseNet."""
+    set_route(monkeypatch, "fused")
+    torch.manual_seed(0)
+    first = nn.BatchNorm2d(18).to(chain_backend.device)
+    nn.init.uniform_(first.weight, -1, 2)
+    nn.init.normal_(first.bias)
+    layer = Layer(18, 24).to(chain_backend.device)
+    x = (torch.randn(3, 18, 7, 6, device=chain_backend.device) + 2).contiguous(
+        memory_format=torch.channels_last
+    )
+    dy = torch.randn(3, 24, 7, 6, device=chain_backend.device)
+    results = []
+    for dtype, plain in ((torch.float64, True), (torch.float32, False)):
+        bn, net = copy.deepcopy(first).to(dtype), copy.deepcopy(layer).to(dtype)
+        given = x.to(dtype).requires_grad_()
+        if plain:
+            y = F.relu(net(getattr(F, act)(bn(given))))
+        else:
+            leading = ops.Unit(
+                gamma=bn.weight, beta=bn.bias, running_mean=bn.running_mean,
+                running_var=bn.running_var, num_batches_tracked=bn.num_batches_tracked, act=act,
+            )  # fmt: skip
+            y = ops.frozen_conv_bn_act(given, [leading, net.unit("relu")], chain_backend.name)
+        y.backward(dy.to(dtype))
+        affine = [bn.weight, bn.bias, net.bn.weight, net.bn.bias]
+        grads = [given.grad, *(p.grad for p in affine)]
+        results.append([y.detach(), *grads, bn.running_mean, bn.running_var])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_links_that_lead_nowhere_are_refused():

@@ -215,6 +215,10 @@ def operator_inputs(name: str):
     layouts = ("contiguous", "channels_last", "slice", "transposed")
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
     acts = itertools.cycle(reference.ACTS)
+    if name == "pointwise_spread":
+        yield last(2, 5, 4, 3), (8, 5), (2, 2)
+        yield last(2, 3, 3, 7).bfloat16(), (7, 7), (3, 1)
+        return
     if name.startswith(("winograd_", "pointwise_")) and name != "pointwise_bwd_reduce_apply_dgrad":
         yield from convolution_inputs(name, acts)
         return

@@ -35,6 +35,19 @@ def frozen(out_channels: int, channels: int) -> torch.Tensor:
     return torch.randn(out_channels, channels, 1, 1) / math.sqrt(channels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("stride, size", [((2, 2), (9, 8)), ((3, 1), (7, 7)), ((1, 2), (4, 5))])
+def test_spread_is_zero_where_nothing_was_read(stride, size, dtype):
+    shape = [-(-n // s) for n, s in zip(size, stride, strict=True)]
+    read = channels_last(2, 7, *shape).to(dtype)
+    dx = torch.ops.bnfast.pointwise_spread(read, size, stride)
+    expected = torch.zeros(2, 7, *size, dtype=dtype)
+    expected[:, :, :: stride[0], :: stride[1]] = read
+    assert_bit_equal(dx, expected.contiguous(memory_format=torch.channels_last), "dx")
+    with pytest.raises(RuntimeError, match="stride"):
+        torch.ops.bnfast.pointwise_spread(read, [size[0] + 3, size[1]], stride)
+
+
 SIZES = dict(
     batch=st.integers(1, 3),
     channels=st.integers(2, 70),

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstring>
 #include <numeric>
 
 #include "bn_fused.h"
@@ -19,6 +20,7 @@ constexpr int64_t kRowGroup = 12;         // of the widest kernel
 constexpr int64_t kChunkFloats = 49152;   // of x and y that pass through the L2 cache together
 constexpr int64_t kUnitFloats = 262144;   // ... in one unit of work
 constexpr int kMostRuns = 6;              // that are fetched for a chunk
+constexpr int64_t kSpreadBytes = 131072;  // of dx in one unit of work
 constexpr int64_t kAlignment = 16;        // of scratch memory, in floats
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -274,6 +276,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
   return {product.y, dgamma_below, dbeta_below, dgamma_beside, dbeta_beside};
 }
 
+// dx [N, C, H, W] of a 1x1 convolution that strides: the gradient `read` at the pixels that it reads, and 0 at the others.
+Tensor pointwise_spread(const Tensor& read_in, at::IntArrayRef input_size, at::IntArrayRef stride) {
+  const PoolScope pooled;
+  TORCH_CHECK(read_in.dim() == 4 && input_size.size() == 2 && stride.size() == 2 && stride[0] > 0 && stride[1] > 0 &&
+                  read_in.size(2) == ceil_div(input_size[0], stride[0]) && read_in.size(3) == ceil_div(input_size[1], stride[1]),
+              "bnfast: read is of shape ", read_in.sizes(), ", input_size ", input_size, " and stride ", stride,
+              "; [N, C, ceil(H / stride), ceil(W / stride)] is needed");
+  const Tensor read = read_in.contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor dx = at::empty({read.size(0), read.size(1), input_size[0], input_size[1]},
+                        read.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t pixel = read.size(1) * read.element_size(), height = input_size[0], width = input_size[1], columns = read.size(3);
+  const auto* const from = static_cast<const char*>(read.const_data_ptr());
+  auto* const to = static_cast<char*>(dx.mutable_data_ptr());
+  const int64_t rows = dx.size(0) * height, rows_per_unit = std::max<int64_t>(1, kSpreadBytes / std::max<int64_t>(1, width * pixel));
+  at::parallel_for(0, rows, rows_per_unit, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / height, h = row % height;
+      char* line = to + row * width * pixel;
+      if (h % stride[0] != 0) {
+        std::memset(line, 0, width * pixel);
+        continue;
+      }
+      const char* pixels = from + (n * read.size(2) + h / stride[0]) * columns * pixel;
+      for (int64_t j = 0; j < columns; ++j, pixels += pixel) {
+        const int64_t w = j * stride[1], zeros = std::min(stride[1], width - w) - 1;
+        std::memcpy(line + w * pixel, pixels, pixel);
+        std::memset(line + (w + 1) * pixel, 0, zeros * pixel);
+      }
+    }
+  });
+  return dx;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
@@ -282,6 +317,7 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("pointwise_fwd_reduce", &pointwise_fwd_reduce);
   m.impl("pointwise_bwd_reduce_apply_dgrad", &pointwise_bwd_reduce_apply_dgrad);
   m.impl("pointwise_dgrad_reduce", &pointwise_dgrad_reduce);
+  m.impl("pointwise_spread", &pointwise_spread);
 }
 
 }  // namespace bnfast

@@ -10,7 +10,7 @@ namespace bnfast {
 
 namespace {
 
-constexpr int64_t kSamples = 4096;
+constexpr int64_t kSamples = 1024, kMostSamples = 4096;
 constexpr int kChains = 8;   // independent ones, which hide the latency of the multiplication
 
 uint64_t mixed(uint64_t sum, uint64_t value) { return (sum ^ value) * 0x9e3779b97f4a7c15u; }
@@ -35,7 +35,10 @@ uint64_t checksum(const Word* words, int64_t count, int64_t step) {
 
 int64_t weight_checksum(const at::Tensor& weight_in) {
   const at::Tensor weight = weight_in.is_non_overlapping_and_dense() ? weight_in : weight_in.contiguous();
-  const int64_t count = weight.numel(), step = std::max<int64_t>(1, (count + kSamples - 1) / kSamples);
+  // Each sample is a line from memory, mostly.
+  const int64_t count = weight.numel(), filters = weight.dim() > 0 ? weight.size(0) : 1;
+  const int64_t samples = std::clamp(2 * filters, kSamples, kMostSamples);
+  const int64_t step = std::max<int64_t>(1, (count + samples - 1) / samples);
   const void* data = weight.const_data_ptr();
   const auto run = [&](auto word) { return static_cast<int64_t>(checksum(static_cast<const decltype(word)*>(data), count, step)); };
   switch (weight.element_size()) {
