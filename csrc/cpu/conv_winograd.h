@@ -45,9 +45,9 @@ struct WinogradConv {
     if (!source) return 0;
     return blocks((kWinogradReach * width + source->granularity()) * channels) * kWinogradLanes;
   }
-  // One padded input pixel of zeros, the transformed input, the products, the rows that are made; each 64-byte aligned.
+  // A row of a tile of padded input pixels, all zeros, the transformed input, the products, the rows that are made; each 64-byte aligned.
   int64_t scratch_floats() const {
-    return input_columns() + kWinogradPoints * (matrix(input_columns()) + matrix(panel_columns())) + made_floats();
+    return kWinogradReach * input_columns() + kWinogradPoints * (matrix(input_columns()) + matrix(panel_columns())) + made_floats();
   }
 };
 

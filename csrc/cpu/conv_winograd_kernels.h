@@ -36,13 +36,26 @@ BNFAST_INLINE void transform_output(const FloatBlock (&m)[6], FloatBlock (&y)[4]
   y[3] = fma(difference2, 8, difference1) + m[5];
 }
 
-// The 36 values v, at steps of `matrix`, of 16 channels of a tile whose 36 places are at from[] + c.
-template <class L>
-BNFAST_INLINE void input_tile(const float* const (&from)[36], int64_t c, L lanes, float* v, int64_t matrix) {
+// The places of a tile: rows of pixels at one step, or each on its own, null where it does not exist.
+template <class T, int kRows>
+struct WholeTile {
+  T* row[kRows];
+  int64_t step;
+  template <class I, class J> BNFAST_INLINE T* operator()(I i, J j) const { return row[i] + j * step; }
+};
+template <class T, int kSide>
+struct TornTile {
+  T* place[kSide * kSide];
+  template <class I, class J> BNFAST_INLINE T* operator()(I i, J j) const { return place[i * kSide + j]; }
+};
+
+// The 36 values v, at steps of `matrix`, of 16 channels from c on of a tile, whose places all exist.
+template <class P, class L>
+BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, int64_t matrix) {
   FloatBlock columns[36];
   unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
     FloatBlock d[6], t[6];
-    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from[i * 6 + j] + c, lanes); });
+    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
     transform_input(d, t);
     unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * 6 + j] = t[i]; });
   });
@@ -54,9 +67,9 @@ BNFAST_INLINE void input_tile(const float* const (&from)[36], int64_t c, L lanes
   });
 }
 
-// 16 channels of the 16 places to[] + k of a tile (null: outside of y), from the 36 products m at steps of `matrix`.
-template <class L>
-BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock& bias, float* const (&to)[16], int64_t k, L lanes) {
+// 16 channels from k on of the 16 places of a tile, from the 36 products m at steps of `matrix`.
+template <class P, class L>
+BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock& bias, const P& to, int64_t k, L lanes) {
   FloatBlock columns[24];
   unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
     FloatBlock d[6], t[4];
@@ -69,7 +82,7 @@ BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock&
     unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * 6 + j]; });
     transform_output(d, t);
     unrolled<4>([&](auto j) BNFAST_INLINE_LAMBDA {
-      if (to[i * 4 + j]) store(to[i * 4 + j] + k, t[j] + bias, lanes);
+      if (float* place = to(i, j)) store(place + k, t[j] + bias, lanes);
     });
   });
 }
@@ -166,13 +179,22 @@ void multiply_panel(const WinogradConv& d, const float* v, const float* weights,
   multiply_rows<kBlocks>(v, v_step, weights, d.channels, rows, m, m_step, both);
 }
 
+// Counts tiles without dividing.
+struct TileCounter {
+  int64_t columns, row, column;
+  TileCounter(int64_t tile, int64_t columns) : columns(columns), row(tile / columns), column(tile % columns) {}
+  void next() {
+    if (++column == columns) column = 0, ++row;
+  }
+};
+
 inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
   const int64_t in_columns = d.input_columns(), panel_columns = d.panel_columns();
   const int64_t in_matrix = d.matrix(in_columns), panel_matrix = d.matrix(panel_columns);
   float* const zeros = scratch;
-  float* const transformed = zeros + in_columns;
+  float* const transformed = zeros + kWinogradReach * in_columns;
   float* const products = transformed + kWinogradPoints * in_matrix;
-  std::fill(zeros, zeros + in_columns, 0.0f);
+  std::fill(zeros, transformed, 0.0f);
   const int64_t all_tiles = (end - begin) * d.tile_columns, panels = (last - first + kWideBlocks - 1) / kWideBlocks;
   const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
                         kWinogradPoints * panels * (all_tiles / kWideTiles) * d.channels;
@@ -182,24 +204,33 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
     const int64_t count = std::min(d.tiles, last_tile - from_tile);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
-      const int64_t w = column * kWinogradTile - d.padding_width;
-      const float* const* lines = input.of(row);
-      const float* from[36];
-      for (int64_t i = 0; i < 6; ++i) {
-        for (int64_t j = 0; j < 6; ++j) {
-          const bool inside = lines[i] && w + j >= 0 && w + j < d.width;
-          from[i * 6 + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
+    TileCounter at(from_tile, d.tile_columns);
+    for (int64_t t = 0; t < count; ++t, at.next()) {
+      const int64_t w = at.column * kWinogradTile - d.padding_width;
+      const float* const* lines = input.of(at.row);
+      const auto take = [&](const auto& from) BNFAST_INLINE_LAMBDA {
+        float* to = transformed + t * in_columns;
+        int64_t c = 0;
+        for (; c + kBlock <= d.channels; c += kBlock) {
+          for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
+          input_tile(from, c, Whole{}, to + c, in_matrix);
         }
+        if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);
+      };
+      if (w >= 0 && w + kWinogradReach <= d.width) {
+        WholeTile<const float, 6> from = {{}, d.channels};
+        for (int i = 0; i < 6; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
+        take(from);
+      } else {
+        TornTile<const float, 6> from;
+        for (int64_t i = 0; i < 6; ++i) {
+          for (int64_t j = 0; j < 6; ++j) {
+            const bool inside = lines[i] && w + j >= 0 && w + j < d.width;
+            from.place[i * 6 + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
+          }
+        }
+        take(from);
       }
-      float* to = transformed + t * in_columns;
-      int64_t c = 0;
-      for (; c + kBlock <= d.channels; c += kBlock) {
-        for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
-        input_tile(from, c, Whole{}, to + c, in_matrix);
-      }
-      if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);
     }
     const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
     for (int64_t block = first; block < last; block += d.panel) {
@@ -217,24 +248,32 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
         }
         if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_point, rows, m + b * kBlock, ahead);
       }
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t row = (from_tile + t) / d.tile_columns, column = (from_tile + t) % d.tile_columns;
-        const int64_t h = row % d.tile_rows * kWinogradTile, w = column * kWinogradTile;
-        float* image = d.y + row / d.tile_rows * d.out_height * d.out_width * d.out_channels;
-        float* to[16];
-        for (int64_t i = 0; i < 4; ++i) {
-          for (int64_t j = 0; j < 4; ++j) {
-            const bool inside = h + i < d.out_height && w + j < d.out_width;
-            to[i * 4 + j] = inside ? image + ((h + i) * d.out_width + w + j) * d.out_channels : nullptr;
+      TileCounter at(from_tile, d.tile_columns);
+      for (int64_t t = 0; t < count; ++t, at.next()) {
+        const int64_t image = at.row / d.tile_rows, h = at.row % d.tile_rows * kWinogradTile, w = at.column * kWinogradTile;
+        float* const y = d.y + ((image * d.out_height + h) * d.out_width + w) * d.out_channels;
+        const int64_t line = d.out_width * d.out_channels;
+        const auto give = [&](const auto& to) BNFAST_INLINE_LAMBDA {
+          for (int64_t b = 0; b < width; ++b) {
+            const int64_t k = (block + b) * kBlock;
+            const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
+            for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
+            const float* m = products + t * panel_columns + b * kBlock;
+            if (k + kBlock <= d.out_channels) output_tile(m, panel_matrix, bias, to, k, Whole{});
+            else output_tile(m, panel_matrix, bias, to, k, First{d.out_channels - k});
           }
-        }
-        for (int64_t b = 0; b < width; ++b) {
-          const int64_t k = (block + b) * kBlock;
-          const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
-          for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
-          const float* m = products + t * panel_columns + b * kBlock;
-          if (k + kBlock <= d.out_channels) output_tile(m, panel_matrix, bias, to, k, Whole{});
-          else output_tile(m, panel_matrix, bias, to, k, First{d.out_channels - k});
+        };
+        if (h + kWinogradTile <= d.out_height && w + kWinogradTile <= d.out_width) {
+          give(WholeTile<float, 4>{{y, y + line, y + 2 * line, y + 3 * line}, d.out_channels});
+        } else {
+          TornTile<float, 4> to;
+          for (int64_t i = 0; i < 4; ++i) {
+            for (int64_t j = 0; j < 4; ++j) {
+              const bool inside = h + i < d.out_height && w + j < d.out_width;
+              to.place[i * 4 + j] = inside ? y + i * line + j * d.out_channels : nullptr;
+            }
+          }
+          give(to);
         }
       }
     }
