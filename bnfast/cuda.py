@@ -124,6 +124,7 @@ def phases(operators) -> SimpleNamespace:
         joins_units=reference.joins_units,
         fuses_chain=reference.fuses_chain,
         fuses_gram=reference.fuses_gram,
+        joins_pool=reference.joins_pool,
         max_pool=reference.max_pool,
         max_pool_values=reference.max_pool_values,
         max_pool_backward=reference.max_pool_backward,

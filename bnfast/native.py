@@ -361,6 +361,33 @@ def max_pool(y, kernel, stride, padding):
     return reference.max_pool(y, kernel, stride, padding)
 
 
+def joins_pool(x):
+    """See reference.joins_pool: float32 in channels_last."""
+    return (
+        _chains
+        and x.dtype == torch.float32
+        and _is_eager(x)
+        and _memory_format(x) == torch.channels_last
+    )
+
+
+def bn_fwd_apply_max_pool(z, norm, act, slope, *window):
+    """See reference.bn_fwd_apply_max_pool: y is made and pooled a few rows at a time."""
+    if joins_pool(z):
+        return torch.ops.bnfast.bn_fwd_apply_max_pool.default(z, *norm, act, slope, *window)
+    return max_pool(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *window)
+
+
+def max_pool_backward_bn_bwd_reduce(dp, places, z, norm, act, slope, *window):
+    """See reference.max_pool_backward_bn_bwd_reduce: dy is made a few rows at a time."""
+    if joins_pool(z):
+        return torch.ops.bnfast.max_pool_backward_bn_bwd_reduce.default(
+            dp, places, z, *norm, act, slope, *window
+        )
+    dy = max_pool_backward(dp, places, z, *window)
+    return bn_bwd_reduce(dy, z, *norm, None, None, act, slope)
+
+
 def max_pool_values(y, kernel, stride, padding):
     """See reference.max_pool_values."""
     if _is_eager(y) and _memory_format(y) == torch.channels_last:
@@ -565,6 +592,14 @@ def _fake_max_pool(y, kernel, stride, padding):
     return p, torch.empty_like(p, dtype=torch.uint8)
 
 
+def _fake_bn_fwd_apply_max_pool(z, mean, rstd, gamma, beta, act, slope, *window):
+    return _fake_max_pool(z, *window)
+
+
+def _fake_max_pool_backward_bn_bwd_reduce(dp, places, z, mean, *rest):
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
 def _fake_max_pool_backward(dp, places, input_size, kernel, stride, padding):
     return torch.empty(
         (*dp.shape[:2], *input_size),
@@ -649,6 +684,8 @@ if unavailable is None:
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv)),
         ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_conv, 1)),
+        ("bn_fwd_apply_max_pool", _fake_bn_fwd_apply_max_pool),
+        ("max_pool_backward_bn_bwd_reduce", _fake_max_pool_backward_bn_bwd_reduce),
         ("max_pool", _fake_max_pool),
         ("max_pool_backward", _fake_max_pool_backward),
         ("bn_fwd_reduce", _fake_bn_fwd_reduce),

@@ -366,7 +366,9 @@ class _Forward:
             # A copy: the buffers may change before the backward pass.
             mean = running_mean.to(accumulator(x.dtype), copy=self.saves)
             rstd = rstd_of(running_var.to(mean.dtype), spec.eps)
-            if weight is not None and not self.saves:
+            if weight is not None and not self.saves and self.pools(spec, residual, x):
+                z, y = phases.conv_forward(x, *conv), None
+            elif weight is not None and not self.saves:
                 z, y = None, phases.conv_fwd_apply(x, *conv, mean, rstd, *affine[:-1])
             else:
                 z = x if weight is None else phases.conv_forward(x, *conv)
@@ -391,7 +393,12 @@ class _Forward:
                 geometry = (spec.stride, spec.padding, spec.dilation)
                 sizes = conv_output_size(x.shape[2:], weight, *geometry)
                 _check_count([1, weight.shape[0], *sizes])
-            z, mean, rstd, y, bits = self.convolution(i, spec, x, conv, stats, affine)
+            if self.pools(spec, residual, x):
+                norm, *before = self.waiting.get(spec.source) or (None, "identity", 0.0)
+                z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(x, norm, *before, *conv, *stats)
+                y = None
+            else:
+                z, mean, rstd, y, bits = self.convolution(i, spec, x, conv, stats, affine)
         if self.low_memory and z is not None and self.drops(i, spec, weight):
             self.dropped.append(i)
             self.saved_biases.append(bias)
@@ -400,15 +407,23 @@ class _Forward:
             self.recomputable.add(i)
         hidden = residual if residual is not None and act in SMOOTH_ACTS else None
         bits = bits if want_bits or (z is None and i not in self.dropped) else None
-        self.saved += (weight, gamma, beta, z, mean, rstd, bits, hidden)
+        self.saved += (weight, gamma, beta, z if self.saves else None, mean, rstd, bits, hidden)
         self.shares.append(share)
         if spec.pool is None:
             return y
-        if not self.saves:
+        if y is None:
+            norm = Norm(mean, rstd, gamma, beta)
+            y, places = phases.bn_fwd_apply_max_pool(z, norm, act, slope, *spec.pool)
+        elif not self.saves:
             return phases.max_pool_values(y, *spec.pool)
-        y, places = phases.max_pool(y, *spec.pool)
+        else:
+            y, places = phases.max_pool(y, *spec.pool)
         self.saved_places.append(places)
         return y
+
+    def pools(self, spec: _Spec, residual: Tensor | None, x: Tensor) -> bool:
+        """Whether the backend normalises and pools at once behind the convolution of a unit."""
+        return spec.pool is not None and residual is None and self.phases.joins_pool(x)
 
     def drops(self, i: int, spec: _Spec, weight: Tensor | None) -> bool:
         """Whether z of unit i is larger than what a cheap convolution makes it of, and that is recomputable."""
@@ -594,11 +609,19 @@ class _Backward:
     def unit(self, i: int, spec: _Spec, squeeze: tuple | None) -> None:
         """Unit i: its gradients of gamma, beta and residual, and what flows on to its input."""
         dy, self.flowing[i] = self.flowing[i], None
+        if spec.pool is not None and self.pool_reduces(i, spec, dy):
+            z, *norm = self.source(i)
+            own = (z, Norm(*norm), spec.act, spec.slope)
+            sums = self.phases.max_pool_backward_bn_bwd_reduce(
+                dy, self.places.pop(i), *own, *spec.pool
+            )
+            self.gives(i, sums)
+            return
         if spec.pool is not None:
             of_y = self.saved[8 * i + 3]
             dy = self.phases.max_pool_backward(dy, self.places.pop(i), of_y, *spec.pool)
             self.ours[i] = not torch.compiler.is_compiling()
-        weight, gamma, beta = self.saved[8 * i : 8 * i + 3]
+        weight = self.saved[8 * i]
         needs_input = self.wanted[spec.source]
         conv = (
             weight, self.input_sizes[i], spec.stride, spec.padding, spec.dilation, spec.groups
@@ -622,14 +645,32 @@ class _Backward:
                 self.grads[8 * i + _RESIDUAL] = dresidual
             else:
                 self.flow(r, dresidual, want or self.ours[i])
-        if self.needs[8 * i + _GAMMA]:
-            self.grads[8 * i + _GAMMA] = _cast(sums[0], gamma.dtype)
-        if self.needs[8 * i + _BETA]:
-            self.grads[8 * i + _BETA] = _cast(sums[1], beta.dtype)
+        self.gives(i, sums)
         if joins:
             self.below(i, spec, conv, *dx)
         elif needs_input:
             self.flow_through(i, spec, squeeze, dx)
+
+    def gives(self, i: int, sums: tuple[Tensor, Tensor] | None) -> None:
+        """dgamma and dbeta of unit i, where they are asked for."""
+        _, gamma, beta = self.saved[8 * i : 8 * i + 3]
+        if self.needs[8 * i + _GAMMA]:
+            self.grads[8 * i + _GAMMA] = _cast(sums[0], gamma.dtype)
+        if self.needs[8 * i + _BETA]:
+            self.grads[8 * i + _BETA] = _cast(sums[1], beta.dtype)
+
+    def pool_reduces(self, i: int, spec: _Spec, dy: Tensor) -> bool:
+        """Whether dgamma and dbeta are all that is asked of a unit that pools, and the backend finds them from what was pooled."""
+        r = spec.residual_source
+        return (
+            not self.wanted[spec.source]
+            and spec.has_own_statistics
+            and r is None
+            and not self.needs[8 * i + _RESIDUAL]
+            and self.saved[8 * i + 3] is not None
+            and self.saved[8 * i + 6 : 8 * i + 8] == [None, None]
+            and self.phases.joins_pool(dy)
+        )
 
     def flow_through(self, i: int, spec: _Spec, squeeze: tuple | None, dx: Tensor) -> None:
         """Gives the gradient of unit i's convolution's input on, through squeeze and excitation where there is any."""

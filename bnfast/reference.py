@@ -720,6 +720,27 @@ def max_pool(
     return pooled, place.to(torch.uint8)
 
 
+def joins_pool(x: Tensor) -> bool:
+    """Whether the backend joins the max-pooling behind a unit of x with the unit's own phases, by the two functions below; else it
+    is not to be asked for them."""
+    return False
+
+
+def bn_fwd_apply_max_pool(
+    z: Tensor, norm: Norm, act: str, slope: float, *window
+) -> tuple[Tensor, Tensor]:
+    """bn_fwd_apply without residual and max_pool: (p, places)."""
+    return max_pool(bn_fwd_apply(z, *norm, None, act, slope, False)[0], *window)
+
+
+def max_pool_backward_bn_bwd_reduce(
+    dp: Tensor, places: Tensor, z: Tensor, norm: Norm, act: str, slope: float, *window
+) -> tuple[Tensor, Tensor]:
+    """max_pool_backward and bn_bwd_reduce, where nobody asks for dy: (dgamma, dbeta)."""
+    dy = max_pool_backward(dp, places, z, *window)
+    return bn_bwd_reduce(dy, z, *norm, None, None, act, slope)
+
+
 def max_pool_values(
     y: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

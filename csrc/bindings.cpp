@@ -40,6 +40,12 @@ TORCH_LIBRARY(bnfast, m) {
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("max_pool(Tensor y, int[] kernel, int[] stride, int[] padding) -> (Tensor p, Tensor places)");
   m.def(
+      "bn_fwd_apply_max_pool(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
+      "int[] kernel, int[] stride, int[] padding) -> (Tensor p, Tensor places)");
+  m.def(
+      "max_pool_backward_bn_bwd_reduce(Tensor dp, Tensor places, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, "
+      "Tensor? beta, str act, float slope, int[] kernel, int[] stride, int[] padding) -> (Tensor dgamma, Tensor dbeta)");
+  m.def(
       "max_pool_backward(Tensor dp, Tensor places, SymInt[] input_size, int[] kernel, int[] stride, int[] padding) -> Tensor");
   m.def("pointwise_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels) -> Tensor");
   m.def("pointwise_spread(Tensor read, SymInt[] input_size, int[] stride) -> Tensor");

@@ -49,6 +49,46 @@ def test_both_directions(size, window, dtype, threads):
     assert_bit_equal(dy, reference.max_pool_backward(dp, places, y, *window), "dy")
 
 
+@pytest.mark.parametrize(
+    "size, window",
+    [c for c in itertools.product((*SIZES, (2, 48, 61, 45)), WINDOWS) if pooled(*c)],
+    ids=str,
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_joined_with_the_phases_of_its_unit(size, window, threads):
+    """To the bit what the phases give one after the other."""
+    torch.set_num_threads(threads)
+    z = torch.randn(size).contiguous(memory_format=torch.channels_last) + 0.5
+    if not native.joins_pool(z):
+        pytest.skip("one channel or pixel: not in channels_last alone")
+    norm = reference.Norm(*(torch.rand(4, size[1]) + 0.5))
+    for act in ("relu", "silu", "identity"):
+        y, _ = native.bn_fwd_apply(z, *norm, None, act, 0.0, False)
+        expected, expected_places = native.max_pool(y, *window)
+        p, places = native.bn_fwd_apply_max_pool(z, norm, act, 0.0, *window)
+        assert_bit_equal(p, expected, "p")
+        assert_bit_equal(places, expected_places, "places")
+        dp = torch.randn(p.shape).contiguous(memory_format=torch.channels_last)
+        dy = native.max_pool_backward(dp, places, z, *window)
+        sums = native.bn_bwd_reduce(dy, z, *norm, None, None, act, 0.0)
+        found = native.max_pool_backward_bn_bwd_reduce(dp, places, z, norm, act, 0.0, *window)
+        for name, one, other in zip(("dgamma", "dbeta"), found, sums, strict=True):
+            assert_bit_equal(one, other, name)
+
+
+def test_joined_refusals():
+    z = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    norm, window = tuple(torch.rand(4, 16)), ((2, 2), (2, 2), (0, 0))
+    places = torch.zeros(2, 16, 4, 4, dtype=torch.uint8)
+    operator = torch.ops.bnfast.max_pool_backward_bn_bwd_reduce
+    with pytest.raises(RuntimeError, match="N, C and the dtype"):
+        operator(torch.randn(2, 8, 4, 4), places, z, *norm, "relu", 0.0, *window)
+    with pytest.raises(RuntimeError, match="places"):
+        operator(torch.randn(2, 16, 4, 4), places.float(), z, *norm, "relu", 0.0, *window)
+    with pytest.raises(RuntimeError, match="float32 in channels_last"):
+        torch.ops.bnfast.bn_fwd_apply_max_pool(z.double(), *norm, "relu", 0.0, *window)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity(dtype):
     y = torch.randn(2, 19, 9, 9).to(dtype)

@@ -230,6 +230,13 @@ def operator_inputs(name: str):
             for want in (False, True):
                 yield (dy, z, *vectors, None, None, act, 0.01, want, turned, channels)
         return
+    if name in ("bn_fwd_apply_max_pool", "max_pool_backward_bn_bwd_reduce"):
+        for window in (((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 3), (0, 1))):
+            z, norm, act = last(2, 19, 8, 9), tuple(torch.rand(4, 19) + 0.5), next(acts)
+            p, places = reference.bn_fwd_apply_max_pool(z, norm, act, 0.01, *window)
+            rest = (z, *norm, act, 0.01, *window)
+            yield rest if name.startswith("bn") else (last(*p.shape), places, *rest)
+        return
     if name.startswith("max_pool"):
         for window in (((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 3), (0, 1))):
             y = last(2, 19, 8, 9)
@@ -408,6 +415,7 @@ def test_operators_are_the_phases():
     }
     assert phases - {
         "accumulator",
+        "joins_pool",
         "joins_units",
         "fuses_chain",
         "fuses_gram",

@@ -569,8 +569,11 @@ Layout pixel_layout(const Tensor& z) {
   return l;
 }
 
-// A kernel writes element e to out + e; here element `begin` goes to `to`.
-void* shifted(float* to, int64_t begin) { return reinterpret_cast<char*>(to) - begin * static_cast<int64_t>(sizeof(float)); }
+// A kernel reads and writes element e at its tensor + e; here element `begin` lies at `at`.
+const void* at_element(const float* at, int64_t begin) {
+  return reinterpret_cast<const char*>(at) - begin * static_cast<int64_t>(sizeof(float));
+}
+void* shifted(float* to, int64_t begin) { return const_cast<void*>(at_element(to, begin)); }
 
 }  // namespace
 
@@ -693,8 +696,11 @@ struct Sums {
   }
 };
 
+using MakeDy = c10::function_ref<const float*(int64_t begin, int64_t end)>;
+
+// make, where given, makes the pixels of dy.
 template <class A>
-std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
+std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd, const MakeDy* make = nullptr) {
   const Layout& l = b.layout;
   const BnKernels& kernels = kernels_for(b.z);
   Sums<A> sums(b, rstd);
@@ -704,7 +710,10 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd) {
     Partials partials(units.units(), l.length, c10::CppTypeToScalarType<A>::value);
     A *first = partials.first_row<A>(0), *second = partials.second_row<A>(0);
     for_units(units.units(), [&](int64_t u) {
-      kernels.bwd_reduce_rows(b.tensors, units.span(u), first + u * l.length, second + u * l.length);
+      const RowSpan span = units.span(u);
+      BnTensors t = b.tensors;
+      if (make) t.dy = at_element((*make)(span.begin / l.channels, ceil_div(span.end, l.channels)), span.begin);
+      kernels.bwd_reduce_rows(t, span, first + u * l.length, second + u * l.length);
     });
     for_partials<A>(l, units, partials, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
   } else if (l.numel() > 0) {
@@ -886,6 +895,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_before(const Tensor& dy, const Tensor&
   b.tensors.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   consume(DzRows(b));
   return {dgamma, dbeta, dresidual};
+}
+
+std::tuple<Tensor, Tensor> bn_bwd_reduce_of(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                                            const OptionalTensor& beta, c10::string_view act, double slope, MakeDy make) {
+  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
+  pixel_layout(z);
+  return reduce<float>(Backward(z, z, mean, rstd, gamma, beta, std::nullopt, std::nullopt, std::nullopt, std::nullopt, act, slope),
+                       rstd, &make);
 }
 
 struct Dz::State {

@@ -3,6 +3,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <vector>
+
+#include "bn_fused.h"
 #include "capability_table.h"
 #include "pool.h"
 
@@ -12,6 +16,21 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kUnit = 32768;   // elements of the larger tensor of one unit of work
+constexpr int64_t kMadeFloats = 1 << 16;   // of a tensor that is made piece by piece, at once
+
+// Memory for some rows of an image.
+class Rows {
+ public:
+  // margin: floats in front of the first row that may be written to.
+  Rows(int64_t count, int64_t floats, int64_t margin)
+      : count_(count), margin_(margin), memory_(at::empty({count * floats + margin}, at::kFloat)) {}
+  int64_t count() const { return count_; }
+  float* first() const { return memory_.mutable_data_ptr<float>() + margin_; }
+
+ private:
+  int64_t count_, margin_;
+  Tensor memory_;
+};
 
 // sizes: of the larger tensor, [N, C, H, W].
 MaxPool arguments(at::IntArrayRef sizes, at::IntArrayRef pooled, at::IntArrayRef kernel, at::IntArrayRef stride,
@@ -46,47 +65,126 @@ void for_rows(int64_t rows, int64_t elements_per_row, const MaxPool& d, void (*r
 
 const MaxPoolKernels& kernels_for(const Tensor& t) { return cpu_capability().max_pool[static_cast<int>(dtype_of(t))]; }
 
+// p and places of a tensor like y, in channels_last.
+struct Pooled {
+  Tensor p, places;
+  MaxPool d;
+
+  Pooled(const Tensor& y, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding)
+      : d(arguments(y.sizes(), {0, 0}, kernel, stride, padding)) {
+    d.out_height = (d.height + 2 * padding[0] - kernel[0]) / stride[0] + 1;
+    d.out_width = (d.width + 2 * padding[1] - kernel[1]) / stride[1] + 1;
+    TORCH_CHECK(d.height + 2 * padding[0] >= kernel[0] && d.width + 2 * padding[1] >= kernel[1], "bnfast: y is of shape ",
+                y.sizes(), " with padding ", padding, "; a window of ", kernel, " does not fit");
+    const auto options = y.options().memory_format(at::MemoryFormat::ChannelsLast);
+    p = at::empty({y.size(0), d.channels, d.out_height, d.out_width}, options);
+    places = at::empty(p.sizes(), options.dtype(at::kByte));
+    d.p = p.mutable_data_ptr();
+    d.places = places.mutable_data_ptr<uint8_t>();
+  }
+};
+
 std::tuple<Tensor, Tensor> max_pool(const Tensor& y_in, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
   const PoolScope pooled;
-  MaxPool d = arguments(y_in.sizes(), {0, 0}, kernel, stride, padding);
-  d.out_height = (d.height + 2 * padding[0] - kernel[0]) / stride[0] + 1;
-  d.out_width = (d.width + 2 * padding[1] - kernel[1]) / stride[1] + 1;
-  TORCH_CHECK(d.height + 2 * padding[0] >= kernel[0] && d.width + 2 * padding[1] >= kernel[1], "bnfast: y is of shape ",
-              y_in.sizes(), " with padding ", padding, "; a window of ", kernel, " does not fit");
+  Pooled to(y_in, kernel, stride, padding);
   const Tensor y = y_in.contiguous(at::MemoryFormat::ChannelsLast);
-  const auto options = y.options().memory_format(at::MemoryFormat::ChannelsLast);
-  Tensor p = at::empty({y.size(0), d.channels, d.out_height, d.out_width}, options);
-  Tensor places = at::empty(p.sizes(), options.dtype(at::kByte));
+  MaxPool& d = to.d;
   d.y = y.const_data_ptr();
-  d.p = p.mutable_data_ptr();
-  d.places = places.mutable_data_ptr<uint8_t>();
-  if (p.numel() > 0) {
-    for_rows(p.size(0) * d.out_height, d.out_width * d.channels * d.stride_height * d.stride_width, d, kernels_for(y).forward_rows);
+  if (to.p.numel() > 0) {
+    for_rows(y.size(0) * d.out_height, d.out_width * d.channels * d.stride_height * d.stride_width, d, kernels_for(y).forward_rows);
   }
-  return {p, places};
+  return {to.p, to.places};
+}
+
+// y never leaves the cache: a few rows of it are made, and pooled.
+std::tuple<Tensor, Tensor> bn_fwd_apply_max_pool(const Tensor& z, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                                                 const OptionalTensor& beta, c10::string_view act, double slope,
+                                                 at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const PoolScope pooled;
+  Pooled to(z, kernel, stride, padding);
+  const Normalised source(z, mean, rstd, gamma, beta, act, slope);
+  if (to.p.numel() == 0) return {to.p, to.places};
+  const MaxPool& whole = to.d;
+  const auto run = kernels_for(z).forward_rows;
+  const int64_t row = whole.width * whole.channels;
+  const int64_t rows = std::clamp<int64_t>((kMadeFloats / row - whole.kernel_height) / whole.stride_height, 1, whole.out_height);
+  const int64_t units = (whole.out_height + rows - 1) / rows, most = (rows - 1) * whole.stride_height + whole.kernel_height;
+  at::parallel_for(0, z.size(0) * units, 1, [&](int64_t first, int64_t last) {
+    MaxPool d = whole;
+    Rows made(most, row, source.granularity() * d.channels);
+    for (int64_t u = first; u < last; ++u) {
+      const int64_t n = u / units, begin = u % units * rows, end = std::min(d.out_height, begin + rows);
+      const int64_t h = std::max<int64_t>(0, begin * d.stride_height - d.padding_height);
+      const int64_t h_end = std::min(d.height, (end - 1) * d.stride_height - d.padding_height + d.kernel_height);
+      const int64_t pixel = (n * d.height + h) * d.width;
+      source.write_from(pixel, (n * d.height + h_end) * d.width, d.channels, made.first());
+      d.y = made.first() - pixel * d.channels;
+      run(d, n * d.out_height + begin, n * d.out_height + end);
+    }
+  });
+  return {to.p, to.places};
+}
+
+// dy of max_pool_backward, without its memory.
+MaxPool backward_arguments(const Tensor& dp, const Tensor& places, at::IntArrayRef sizes, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding) {
+  MaxPool d = arguments(sizes, dp.sizes().slice(2), kernel, stride, padding);
+  d.dp = dp.const_data_ptr();
+  d.places = const_cast<uint8_t*>(places.const_data_ptr<uint8_t>());
+  return d;
+}
+
+void check_pooled(const Tensor& dp, const Tensor& places, at::IntArrayRef input_size) {
+  TORCH_CHECK(dp.dim() == 4 && input_size.size() == 2 && places.sizes() == dp.sizes() && places.scalar_type() == at::kByte,
+              "bnfast: dp is of shape ", dp.sizes(), ", places ", places.scalar_type(), " ", places.sizes(),
+              " and input_size ", input_size, "; [N, C, OH, OW], uint8 of the same shape and (H, W) are needed");
 }
 
 Tensor max_pool_backward(const Tensor& dp_in, const Tensor& places_in, at::IntArrayRef input_size, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding) {
   const PoolScope pooled;
-  TORCH_CHECK(dp_in.dim() == 4 && input_size.size() == 2 && places_in.sizes() == dp_in.sizes() && places_in.scalar_type() == at::kByte,
-              "bnfast: dp is of shape ", dp_in.sizes(), ", places ", places_in.scalar_type(), " ", places_in.sizes(),
-              " and input_size ", input_size, "; [N, C, OH, OW], uint8 of the same shape and (H, W) are needed");
+  check_pooled(dp_in, places_in, input_size);
   const Tensor dp = dp_in.contiguous(at::MemoryFormat::ChannelsLast), places = places_in.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor dy = at::empty({dp.size(0), dp.size(1), input_size[0], input_size[1]},
                         dp.options().memory_format(at::MemoryFormat::ChannelsLast));
-  MaxPool d = arguments(dy.sizes(), dp.sizes().slice(2), kernel, stride, padding);
-  d.dp = dp.const_data_ptr();
+  MaxPool d = backward_arguments(dp, places, dy.sizes(), kernel, stride, padding);
   d.dy = dy.mutable_data_ptr();
-  d.places = const_cast<uint8_t*>(places.const_data_ptr<uint8_t>());
   if (dy.numel() > 0) for_rows(dy.size(0) * d.height, d.width * d.channels, d, kernels_for(dp).backward_rows);
   return dy;
+}
+
+std::tuple<Tensor, Tensor> max_pool_backward_bn_bwd_reduce(
+    const Tensor& dp_in, const Tensor& places_in, const Tensor& z, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+    const OptionalTensor& beta, c10::string_view act, double slope, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding) {
+  const PoolScope pooled;
+  TORCH_CHECK(z.dim() == 4 && dp_in.dim() == 4 && dp_in.scalar_type() == z.scalar_type() && dp_in.sizes().slice(0, 2) == z.sizes().slice(0, 2),
+              "bnfast: dp is ", dp_in.scalar_type(), " ", dp_in.sizes(), " and z ", z.scalar_type(), " ", z.sizes(),
+              "; N, C and the dtype must be the same");
+  check_pooled(dp_in, places_in, z.sizes().slice(2));
+  const Tensor dp = dp_in.contiguous(at::MemoryFormat::ChannelsLast), places = places_in.contiguous(at::MemoryFormat::ChannelsLast);
+  const MaxPool whole = backward_arguments(dp, places, z.sizes(), kernel, stride, padding);
+  const auto run = kernels_for(dp).backward_rows;
+  const int64_t row = whole.width * whole.channels;
+  // Grows to what a unit needs, once per thread.
+  std::vector<std::unique_ptr<Rows>> made(at::get_num_threads());
+  return bn_bwd_reduce_of(z, mean, rstd, gamma, beta, act, slope, [&](int64_t begin, int64_t end) -> const float* {
+    const int64_t first = begin / whole.width, last = (end + whole.width - 1) / whole.width;
+    auto& own = made[at::get_thread_num()];
+    if (!own || own->count() < last - first) own = std::make_unique<Rows>(last - first, row, 0);
+    MaxPool d = whole;
+    d.dy = own->first() - first * row;
+    run(d, first, last);
+    return own->first() + (begin - first * whole.width) * whole.channels;
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
+  m.impl("bn_fwd_apply_max_pool", &bn_fwd_apply_max_pool);
   m.impl("max_pool", &max_pool);
+  m.impl("max_pool_backward_bn_bwd_reduce", &max_pool_backward_bn_bwd_reduce);
   m.impl("max_pool_backward", &max_pool_backward);
 }
 
