@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS, OPERATORS = "csrc/cpu/bn_kernels.h", "csrc/cpu/bn.cpp"
 VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
-MAX_POOL = "csrc/cpu/max_pool_kernels.h"
+MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
+WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
@@ -56,6 +57,7 @@ TESTS = (
     "tests/test_pointwise.py",
     "tests/test_joined.py",
     "tests/test_max_pool.py",
+    "tests/test_inference.py",
 )
 TRITON_TESTS = (
     "tests/test_depthwise.py",
@@ -642,6 +644,48 @@ MUTATIONS = [
         KERNELS,
         "load(mean_beside + j, lanes)",
         "channel.mean.at(j, lanes)",
+    ),
+    Mutation(
+        "max_pool",
+        "joined: rows made from the window's beginning, border or not",
+        MAX_POOL_OPERATORS,
+        "std::max<int64_t>(0, begin * d.stride_height - d.padding_height)",
+        "std::max<int64_t>(0, begin * d.stride_height)",
+    ),
+    Mutation(
+        "max_pool",
+        "joined: dy's pixels counted from the row's beginning",
+        MAX_POOL_OPERATORS,
+        "return own->first() + (begin - first * whole.width) * whole.channels;",
+        "return own->first();",
+    ),
+    Mutation(
+        "conv_fwd_apply",
+        "Winograd: the last unit stays z",
+        WINOGRAD_OPERATORS,
+        "behind.take(units->borders[u], units->borders[u + 1]);",
+        "if (u + 1 < end) behind.take(units->borders[u], units->borders[u + 1]);",
+    ),
+    Mutation(
+        "conv_fwd_apply",
+        "1x1: pixels normalised before they are written",
+        POINTWISE_OPERATORS,
+        "behind.take(from, to);\n    }\n  });\n  return product.y;",
+        "behind.take(from, end);\n    }\n  });\n  return product.y;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "Winograd: threads that share the weights leave the last blocks",
+        WINOGRAD_OPERATORS,
+        "piece(unit, block, std::min(blocks_, block + blocks_per_piece_));",
+        "piece(unit, block, std::min(blocks_ - is_shared_, block + blocks_per_piece_));",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "Winograd: rows of a tile that are outside are those of the neighbour",
+        WINOGRAD,
+        "from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;",
+        "from.row[i] = lines[i] ? lines[i] + w * d.channels : lines[3] + w * d.channels;",
     ),
     Mutation(
         "max_pool",
