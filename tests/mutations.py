@@ -668,10 +668,10 @@ MUTATIONS = [
     ),
     Mutation(
         "conv_fwd_apply",
-        "1x1: pixels normalised before they are written",
+        "1x1: pixels of an earlier chunk normalised again",
         POINTWISE_OPERATORS,
         "behind.take(from, to);\n    }\n  });\n  return product.y;",
-        "behind.take(from, end);\n    }\n  });\n  return product.y;",
+        "behind.take(first * units.each, to);\n    }\n  });\n  return product.y;",
     ),
     Mutation(
         "conv_fwd_reduce",
