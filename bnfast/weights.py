@@ -2,7 +2,7 @@
 
 An entry belongs to one weight tensor and dies with it. It is rebuilt when the weight is another tensor, moved, cast,
 restrided, changed in place (`_version`), or changed behind autograd's back (`weight.data`, numpy): a checksum over 1,024
-to 4,096 evenly spaced elements, two or more of each filter where there are at most 2,048 of them, is compared at each use (on the
+to 4,096 evenly spaced elements, at least one of each filter where there are at most 2,048 of them, is compared at each use (on the
 CPU). A change that misses every sampled element, or one behind autograd's back on a GPU, needs `clear_cache()`.
 """
 

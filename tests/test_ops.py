@@ -1181,12 +1181,25 @@ def test_changed_weight_is_transformed_again(cache, change):
 
 @needs_native
 def test_large_weight_that_changes_everywhere(cache):
-    """Above 4,096 elements the checksum samples: a change of all elements shows, whatever the layout."""
+    """Above 1,024 elements the checksum samples: a change of all elements shows, whatever the layout."""
     for layout in (torch.contiguous_format, torch.channels_last):
         w = torch.randn(64, 48, 3, 3).contiguous(memory_format=layout)
         cache.transformed(w, "doubled", doubled)
         w.data.mul_(-1)
         assert_bit_equal(cache.transformed(w, "doubled", doubled), 2 * w, "doubled")
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(300, 5, 3, 3), (1500, 1, 3, 3), (2048, 3, 1, 1)], ids=str)
+def test_a_filter_that_changes_is_seen(shape):
+    """Each holds a sample, whatever the number of filters up to 2,048."""
+    w = torch.randn(shape)
+    before = native._C.weight_checksum(w)
+    for k in range(0, shape[0], 7):
+        w[k] += 1
+        after = native._C.weight_checksum(w)
+        assert after != before, k
+        before = after
 
 
 @needs_native
