@@ -15,7 +15,8 @@ from torch import nn
 
 from bench import cases, floors, timing
 
-WINOGRAD = 36 / (16 * 9)  # products of F(4x4, 3x3) over those of the direct form
+# Products of Winograd's form over those of the direct form, by the stride (bnfast/winograd.py).
+WINOGRAD = {1: 36 / (16 * 9), 2: 81 / (16 * 9)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ def measured(dtype: torch.dtype, device: torch.device) -> Rates:
 @dataclasses.dataclass(frozen=True)
 class Conv:
     """A convolution (or a linear layer) of a network for one image: multiplications of the direct form, elements that it reads and
-    writes, whether Winograd's form is its."""
+    writes, what share of the multiplications Winograd's form takes where it can be used."""
 
     products: int
     reads: int
     writes: int
-    is_winograd: bool
+    winograd: float
 
 
 @functools.cache
@@ -62,14 +63,17 @@ def convolutions(network: str, size: int) -> tuple[Conv, ...]:
 
     def saw(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         per_output = module.weight[0].numel()
-        is_winograd = (
+        can_be_used = (
             isinstance(module, nn.Conv2d)
             and module.groups == 1
             and tuple(module.kernel_size) == (3, 3)
-            and tuple(module.stride) == tuple(module.dilation) == (1, 1)
+            and tuple(module.dilation) == (1, 1)
+            and len(set(module.stride)) == 1
+            and module.stride[0] in WINOGRAD
         )
+        share = WINOGRAD[module.stride[0]] if can_be_used else 1.0
         elements = [math.prod(t.shape[1:]) for t in (args[0], out)]
-        found.append(Conv(elements[1] * per_output, *elements, is_winograd))
+        found.append(Conv(elements[1] * per_output, *elements, share))
 
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -89,7 +93,7 @@ def seconds(case: cases.Step, rates: Rates, *, training: bool = True) -> float:
     element = 4 if case.dtype == "f32" else 2
     arithmetic = 0.0
     for i, conv in enumerate(convolutions(case.network, case.size)):
-        products = conv.products * (WINOGRAD if conv.is_winograd and case.dtype == "f32" else 1)
+        products = conv.products * (conv.winograd if case.dtype == "f32" else 1)
         arithmetic += 2 * products * (2 if training and i > 0 else 1)
     kinds = {kind.name: kind for kind in floors.KINDS}
     moved = 0.0

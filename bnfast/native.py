@@ -63,8 +63,10 @@ def _pooled(kernel):
 @_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = _winograd_weight(weight)
-        return torch.ops.bnfast.winograd_conv.default(x, turned, bias, weight.shape[0], padding)
+        turned = _winograd_weight(weight, stride)
+        return torch.ops.bnfast.winograd_conv.default(
+            x, turned, bias, weight.shape[0], padding, stride[0]
+        )
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
@@ -89,7 +91,7 @@ def _direct_conv(x, weight, form, make, bias, stride, padding, dilation, groups)
 
 
 def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-    """A 3x3 convolution of stride 1 whose result is channels_last, where Winograd's form pays."""
+    """A 3x3 convolution whose result is channels_last, where Winograd's form pays."""
     if weight.dim() != 4 or torch.channels_last not in (_memory_format(x), _memory_format(weight)):
         return False
     geometry = (stride, padding, dilation, groups)
@@ -98,7 +100,7 @@ def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
         return pays
     if not winograd.can_serve(x, weight.shape[2:], *geometry):
         return False
-    output = [size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True)]
+    output = winograd.output_size(x.shape[2:], stride, padding)
     return _tuned("winograd", pays, x, weight, output, geometry)
 
 
@@ -125,17 +127,24 @@ def _tuned(way, pays, x, weight, output, geometry):
     return pays if found is None else found == way
 
 
-def _winograd_weight(weight):
-    return weights.transformed(weight, "winograd", winograd.transformed_weight)
+def _winograd_weight(weight, stride):
+    return weights.transformed(
+        weight, _WINOGRAD_FORMS[stride[0]], lambda w: winograd.transformed_weight(w, stride[0])
+    )
 
 
-def _rotated_winograd_weight(weight):
+def _rotated_winograd_weight(weight, stride):
     """Of the data gradient: a convolution with the kernel rotated and its channels exchanged."""
     return weights.transformed(
         weight,
-        "winograd rotated",
-        lambda w: winograd.transformed_weight(w.flip(2, 3).transpose(0, 1)),
+        _ROTATED_WINOGRAD_FORMS[stride[0]],
+        lambda w: winograd.transformed_weight(w.flip(2, 3).transpose(0, 1), stride[0]),
     )
+
+
+# By the stride.
+_WINOGRAD_FORMS = {1: "winograd", 2: "winograd strided"}
+_ROTATED_WINOGRAD_FORMS = {1: "winograd rotated", 2: "winograd strided rotated"}
 
 
 def _pointwise_weight(weight):
@@ -173,9 +182,9 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
-    turned = _winograd_weight(weight)
+    turned = _winograd_weight(weight, stride)
     return torch.ops.bnfast.winograd_fwd_apply.default(
-        x, *norm, turned, bias, weight.shape[0], padding
+        x, *norm, turned, bias, weight.shape[0], padding, stride[0]
     )
 
 
@@ -199,10 +208,7 @@ def _joins(x, weight, stride, padding, dilation, groups):
         and _memory_format(x) == torch.channels_last
         and (
             _runs_as_pointwise(x, weight, stride, padding, groups)
-            or (
-                _runs_as_winograd(x, weight, stride, padding, dilation, groups)
-                and max(padding) <= 2
-            )
+            or _runs_as_winograd(x, weight, stride, padding, dilation, groups)
         )
     )
 
@@ -230,9 +236,9 @@ def _conv_fwd_reduce_joined(
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
-    turned = _winograd_weight(weight)
+    turned = _winograd_weight(weight, stride)
     return torch.ops.bnfast.winograd_fwd_reduce.default(
-        x, *norm, turned, bias, count, padding, *stats
+        x, *norm, turned, bias, count, padding, stride[0], *stats
     )
 
 
@@ -253,10 +259,18 @@ def bn_bwd_apply_conv_dgrad_reduce(
             dy, *state, above_act, above_slope, packed, channels, *rest
         )
     else:
-        turned = _rotated_winograd_weight(weight)
-        margin = [2 - p for p in padding]
+        turned = _rotated_winograd_weight(weight, stride)
         dx, *sums = torch.ops.bnfast.winograd_dgrad_reduce.default(
-            dy, *state, above_act, above_slope, turned, channels, margin, *rest
+            dy,
+            *state,
+            above_act,
+            above_slope,
+            turned,
+            channels,
+            input_size,
+            padding,
+            stride[0],
+            *rest,
         )
     return (
         dx,
@@ -278,7 +292,14 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     layout = _memory_format(dz)
     kernel = weight.shape[2:]
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
+    if layout == torch.channels_last and _dgrad_runs_as_winograd(
+        dz, weight, input_size, stride, padding, dilation, groups
+    ):
+        turned = _rotated_winograd_weight(weight, stride)
+        dx = torch.ops.bnfast.winograd_dgrad.default(
+            dz, turned, weight.shape[1], input_size, padding, stride[0]
+        )
+    elif all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
         dx = _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation)
     elif all(k == 1 for k in kernel) and not any(padding):
         dx = _dgrad_pointwise(dz, weight, input_size, stride, groups, layout)
@@ -310,11 +331,6 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
 
     margin = [r - p for r, p in zip(reach, padding, strict=True)]
     ones = [1] * len(reach)
-    if layout == torch.channels_last and _dgrad_runs_as_winograd(
-        dz, weight, margin, dilation, groups
-    ):
-        turned = _rotated_winograd_weight(weight)
-        return torch.ops.bnfast.winograd_conv.default(dz, turned, None, weight.shape[1], margin)
     if _runs_as_pointwise(dz, weight, ones, margin, groups):
         packed = _transposed_pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(dz, packed, None, weight.shape[1])
@@ -322,13 +338,16 @@ def _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation):
     return _direct_conv(dz, weight, form, rotated, None, ones, margin, dilation, groups)
 
 
-def _dgrad_runs_as_winograd(dz, weight, margin, dilation, groups):
-    ones = [1] * len(margin)
-    geometry = (ones, margin, dilation, groups)
-    pays = winograd.serves(dz, weight.shape[2:], weight.shape[1], *geometry, _capability)
+def _dgrad_runs_as_winograd(dz, weight, input_size, stride, padding, dilation, groups):
+    if weight.dim() != 4:
+        return False
+    geometry = (stride, padding, dilation, groups)
+    pays = winograd.serves_dgrad(
+        dz, weight.shape[2:], weight.shape[1], input_size, *geometry, _capability
+    )
     if not tuning.is_active or winograd.is_forced():
         return pays
-    if not winograd.can_serve(dz, weight.shape[2:], *geometry):
+    if not winograd.can_serve_dgrad(dz, weight.shape[2:], *geometry):
         return False
     return _tuned("winograd", pays, dz, weight, dz.shape[2:], geometry)
 
@@ -545,6 +564,10 @@ def _fake_pointwise_conv(x, weights, bias, out_channels):
     )
 
 
+def _fake_pointwise_dgrad(dy, weights, in_channels):
+    return _fake_pointwise_conv(dy, weights, None, in_channels)
+
+
 def _fake_fwd_apply(conv):
     def fake(x, mean, rstd, gamma, beta, residual, act, slope, weights, bias, out_channels, *rest):
         return conv(x, weights, bias, out_channels, *rest)
@@ -570,10 +593,10 @@ def _fake_fwd_reduce(conv):
     return fake
 
 
-def _fake_dgrad_reduce(conv, geometry):
+def _fake_dgrad_reduce(dgrad, geometry):
     def fake(dy, *args):
         weights, channels, *rest = args[9:]
-        dx = conv(dy, weights, None, channels, *rest[:geometry])
+        dx = dgrad(dy, weights, channels, *rest[:geometry])
         below = 0 if rest[geometry + 1] is None else channels
         beside = 0 if rest[-3] is None else below
         return dx, *_fake_vectors(dx, below, 2), *_fake_vectors(dx, beside, 2)
@@ -609,12 +632,21 @@ def _fake_max_pool_backward(dp, places, input_size, kernel, stride, padding):
     )
 
 
-def _fake_winograd_conv(x, weights, bias, out_channels, padding):
-    sizes = [size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True)]
+def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride):
+    sizes = winograd.output_size(x.shape[2:], (stride, stride), padding)
     return torch.empty(
         (x.shape[0], out_channels, *sizes),
         dtype=x.dtype,
         device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _fake_winograd_dgrad(dy, weights, in_channels, input_size, padding, stride):
+    return torch.empty(
+        (dy.shape[0], in_channels, *input_size),
+        dtype=dy.dtype,
+        device=dy.device,
         memory_format=torch.channels_last,
     )
 
@@ -679,11 +711,12 @@ if unavailable is None:
         ("pointwise_spread", _fake_pointwise_spread),
         ("pointwise_fwd_apply", _fake_fwd_apply(_fake_pointwise_conv)),
         ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv)),
-        ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_conv, 0)),
+        ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_dgrad, 0)),
         ("winograd_conv", _fake_winograd_conv),
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv)),
-        ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_conv, 1)),
+        ("winograd_dgrad", _fake_winograd_dgrad),
+        ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_dgrad, 3)),
         ("bn_fwd_apply_max_pool", _fake_bn_fwd_apply_max_pool),
         ("max_pool_backward_bn_bwd_reduce", _fake_max_pool_backward_bn_bwd_reduce),
         ("max_pool", _fake_max_pool),

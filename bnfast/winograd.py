@@ -1,27 +1,41 @@
-"""Winograd's F(4x4, 3x3) for frozen weights: the transform that is taken once, and when the form is used.
+"""Winograd's form for frozen 3x3 weights: the transform that is taken once, and when the form is used.
 
-A tile of 4 x 4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (arXiv 1509.09308), with the points 0, 1, -1, 2,
--2 and infinity: 36 products in place of 144. The kernel is csrc/cpu/conv_winograd_kernels.h.
+A tile of outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (arXiv 1509.09308). Stride 1: F(4x4, 3x3) with the points
+0, 1, -1, 2, -2 and infinity, 36 products in place of 144. Stride 2: the two outer taps through 0, 1, -1, 2 and infinity, the middle one
+directly, 81 products in place of 144 (csrc/cpu/conv_winograd.h). The kernels are in csrc/cpu/conv_winograd_kernels.h.
 """
 
 import functools
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_G = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
+# By the stride.
+_G = {
+    1: (
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+    2: (
+        (1 / 2, 0, 0),
+        (-1 / 2, 0, -1 / 2),
+        (-1 / 6, 0, 1 / 6),
+        (1 / 6, 0, 1 / 3),
+        (0, 0, 1),
+        (0, 1, 0),
+    ),
+}
 _LANES = 16
-_MOST_WASTE = 2.0  # places that are computed over those that exist; the form is no gain beyond it
+# Places that are computed over those that exist, by the stride; the form is no gain beyond it.
+_MOST_WASTE = {1: 2.0, 2: 1.4}
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
@@ -32,9 +46,9 @@ else:
         return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", None)
 
 
-def transformed_weight(weight: Tensor) -> Tensor:
+def transformed_weight(weight: Tensor, stride: int = 1) -> Tensor:
     """G w G^T of weight [K, C, 3, 3], taken in float64, as float32 [36, ceil(K / 16), C, 16] with zeros behind channel K."""
-    points = torch.tensor(_G, dtype=torch.float64, device=weight.device)
+    points = torch.tensor(_G[stride], dtype=torch.float64, device=weight.device)
     out_channels, channels = weight.shape[:2]
     blocks = math.ceil(out_channels / _LANES)
     result = torch.empty(36, blocks, channels, _LANES, device=weight.device)
@@ -50,6 +64,11 @@ def is_forced() -> bool:
     return mode in ("0", "1")
 
 
+def output_size(size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """[OH, OW] of a 3x3 convolution of a plane (H, W)."""
+    return [(n + 2 * p - 3) // s + 1 for n, s, p in zip(size, stride, padding, strict=True)]
+
+
 def can_serve(
     x: Tensor,
     kernel: tuple[int, ...],
@@ -58,19 +77,27 @@ def can_serve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> bool:
-    """Whether the form gives the convolution of x [N, C, H, W]: float32, 3x3 kernels, stride 1, one group. Not where PyTorch is told
+    """Whether the form gives the convolution of x [N, C, H, W]: float32, 3x3 kernels, stride 1 or 2, one group. Not where PyTorch is told
     that convolutions are to be exact: torch.backends.mkldnn.conv.fp32_precision = "ieee", where it has that."""
-    if (
-        groups != 1
-        or x.dtype != torch.float32
-        or kernel != (3, 3)
-        or tuple(stride) != (1, 1)
-        or tuple(dilation) != (1, 1)
-    ):
-        return False
     # Spelled out, as it is asked for at every call of most units. Where nothing fits the stock convolution says what is wrong.
+    if not can_serve_dgrad(x, kernel, stride, padding, dilation, groups):
+        return False
     (_, _, height, width), (top, left) = x.shape, padding
-    if top < 0 or left < 0 or height + 2 * top < 3 or width + 2 * left < 3:
+    return height + 2 * top >= 3 and width + 2 * left >= 3
+
+
+def can_serve_dgrad(
+    dz: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """As can_serve, of the data gradient for dz [N, K, OH, OW]."""
+    if groups != 1 or dz.dtype != torch.float32 or kernel != (3, 3) or tuple(dilation) != (1, 1):
+        return False
+    if tuple(stride) not in ((1, 1), (2, 2)) or min(padding) < 0:
         return False
     return _conv_precision() != "ieee"
 
@@ -94,7 +121,36 @@ def serves(
         return False
     if mode == "1":
         return True
-    (_, channels, height, width), (top, left) = x.shape, padding
-    height, width = height + 2 * top - 2, width + 2 * left - 2
+    (_, channels, height, width), (top, left), step = x.shape, padding, stride[0]
+    height, width = (height + 2 * top - 3) // step + 1, (width + 2 * left - 3) // step + 1
+    return _pays(channels, out_channels, height, width, step, capability)
+
+
+def serves_dgrad(
+    dz: Tensor,
+    kernel: tuple[int, ...],
+    in_channels: int,
+    input_size: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    capability: str,
+) -> bool:
+    """As serves, of the data gradient [N, C, *input_size] for dz [N, K, OH, OW]."""
+    if mode == "0" or not can_serve_dgrad(dz, kernel, stride, padding, dilation, groups):
+        return False
+    if mode == "1":
+        return True
+    # A tile of stride 2 has 4 x 4 places of dz.
+    height, width = input_size if stride[0] == 1 else dz.shape[2:]
+    return _pays(dz.shape[1], in_channels, height, width, stride[0], capability)
+
+
+def _pays(
+    channels: int, out_channels: int, height: int, width: int, stride: int, capability: str
+) -> bool:
     waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
-    return channels >= 16 <= out_channels and waste <= _MOST_WASTE and capability != "baseline"
+    return (
+        channels >= 16 <= out_channels and waste <= _MOST_WASTE[stride] and capability != "baseline"
+    )

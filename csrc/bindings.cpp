@@ -67,17 +67,19 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
       "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
       "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
-  m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
+  m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride) -> Tensor");
+  m.def(
+      "winograd_dgrad(Tensor dy, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] padding, int stride) -> Tensor");
   m.def(
       "winograd_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
-      "float slope, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding) -> Tensor");
+      "float slope, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride) -> Tensor");
   m.def(
       "winograd_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
-      "Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
       "winograd_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
-      "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, int[] margin, "
+      "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] padding, int stride, "
       "Tensor? add, Tensor? z_below, Tensor? bits, "
       "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
       "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "

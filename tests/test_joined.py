@@ -53,7 +53,7 @@ SIZES = dict(
     out_channels=st.sampled_from([2, 5, 16, 24, 32, 64]),
     height=st.integers(1, 15),
     width=st.sampled_from([2, 3, 4, 7, 8, 13, 16, 29]),
-    kernel=st.sampled_from([1, 3]),
+    kernel=st.sampled_from([(1, 1), (3, 1), (3, 2)]),
     pad=st.integers(0, 2),
     seed=st.integers(0, 2**31),
 )
@@ -64,21 +64,27 @@ MANY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 LARGE = [
-    ((2, 24, 41, 43), 144, 1),
-    ((2, 32, 40, 36), 48, 3),
-    ((9, 64, 8, 8), 64, 3),
-    ((1, 16, 9, 400), 16, 3),
-    ((2, 200, 7, 6), 300, 3),
-    ((3, 144, 30, 31), 24, 1),
+    ((2, 24, 41, 43), 144, (1, 1)),
+    ((2, 32, 40, 36), 48, (3, 1)),
+    ((9, 64, 8, 8), 64, (3, 1)),
+    ((1, 16, 9, 400), 16, (3, 1)),
+    ((2, 200, 7, 6), 300, (3, 1)),
+    ((3, 144, 30, 31), 24, (1, 1)),
+    ((2, 32, 40, 36), 48, (3, 2)),
+    ((3, 40, 15, 150), 16, (3, 2)),
+    ((2, 200, 14, 12), 300, (3, 2)),
 ]
 
 
-def geometry(kernel: int, pad: int) -> tuple:
-    return ONES, [pad if kernel == 3 else 0] * 2, ONES, 1
+def geometry(kernel: tuple[int, int], pad: int) -> tuple:
+    """kernel: its side and the stride."""
+    side, stride = kernel
+    return [stride] * 2, [pad if side == 3 else 0] * 2, ONES, 1
 
 
-def output_size(size: int, kernel: int, pad: int) -> int:
-    return size if kernel == 1 else size + 2 * pad - 2
+def output_size(size: int, kernel: tuple[int, int], pad: int) -> int:
+    side, stride = kernel
+    return size if side == 1 else (size + 2 * pad - 3) // stride + 1
 
 
 def check_moments(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> None:
@@ -94,7 +100,7 @@ def check_moments(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> No
 def check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias) -> None:
     z = last(*size, mean=2)
     own = norm(size[1]) if has_norm else None
-    weight = frozen(out_channels, size[1], kernel)
+    weight = frozen(out_channels, size[1], kernel[0])
     bias = torch.randn(out_channels) if has_bias else None
     conv = (weight, bias, *geometry(kernel, pad))
     found, mean, rstd = native.bn_fwd_apply_conv_fwd_reduce(
@@ -122,7 +128,7 @@ def check_backward(
 ):
     """size: of the input of the convolution forward. kind: of the unit below: "none", "from z" or "bits"."""
     batch, channels, height, width = size
-    weight = frozen(out_channels, channels, kernel)
+    weight = frozen(out_channels, channels, kernel[0])
     conv = (weight, [height, width], *geometry(kernel, pad))
     out = (batch, out_channels, *(output_size(s, kernel, pad) for s in (height, width)))
     dy = last(*out)
@@ -216,9 +222,9 @@ def test_several_units_of_work(size, out_channels, kernel, threads):
 @pytest.mark.parametrize("size, out_channels, kernel", LARGE, ids=str)
 def test_bits_are_the_same_for_any_number_of_threads(size, out_channels, kernel):
     z, own = last(*size), norm(size[1])
-    weight = frozen(out_channels, size[1], kernel)
+    weight = frozen(out_channels, size[1], kernel[0])
     conv = geometry(kernel, 1)
-    dy = last(size[0], out_channels, *size[2:])
+    dy = last(size[0], out_channels, *(output_size(s, kernel, 1) for s in size[2:]))
     above = Above(
         last(*dy.shape), *norm(out_channels), torch.randn(out_channels), torch.randn(out_channels)
     )
@@ -242,7 +248,7 @@ def test_running_statistics():
     x, weight = last(2, 16, 8, 8, mean=3), frozen(16, 16, 3)
     running = [torch.zeros(16), torch.ones(16), torch.tensor(0)]
     z, *_ = native.bn_fwd_apply_conv_fwd_reduce(
-        x, None, "identity", 0.0, weight, None, *geometry(3, 1), *running, 0.3, 1e-5
+        x, None, "identity", 0.0, weight, None, *geometry((3, 1), 1), *running, 0.3, 1e-5
     )
     var, mean = torch.var_mean(z.double(), (0, 2, 3))
     torch.testing.assert_close(running[0].double(), 0.3 * mean, rtol=1e-5, atol=1e-6)
@@ -255,16 +261,16 @@ def test_a_chain_takes_them(monkeypatch):
     torch.manual_seed(0)
     units = [
         ops.Unit(
-            frozen(16, 16, 3), None, (1, 1), (1, 1), (1, 1), gamma=torch.rand(16) + 0.5,
+            frozen(16, 16, 3), None, (s, s), (1, 1), (1, 1), gamma=torch.rand(16) + 0.5,
             beta=torch.randn(16), running_mean=torch.zeros(16), running_var=torch.ones(16), act="relu",
             residual_source=r,
         )
-        for r in (None, -1, None, 1)
+        for s, r in ((1, None), (1, -1), (1, None), (1, 1), (2, None), (1, None))
     ]  # fmt: skip
     for unit in units:
         unit.gamma.requires_grad_()
         unit.beta.requires_grad_()
-    x, dy = last(4, 16, 12, 12, mean=1), last(4, 16, 12, 12)
+    x, dy = last(4, 16, 12, 12, mean=1), last(4, 16, 6, 6)
     calls = []
     joined = native._conv_fwd_reduce_joined
     monkeypatch.setattr(
@@ -281,6 +287,13 @@ def test_a_chain_takes_them(monkeypatch):
         results.append(
             [y.detach(), given.grad, *(t.grad for u in units for t in (u.gamma, u.beta))]
         )
-    assert [isinstance(norm, Norm) for norm in calls] == [False, True, False, True] + 4 * [False]
+    assert [isinstance(norm, Norm) for norm in calls] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ] + 6 * [False]
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())

@@ -318,16 +318,17 @@ def last(*size: int) -> Tensor:
 
 def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
     """Of the convolutions of our own, alone and with the phases in front of them and behind them."""
-    for (channels, out, padding), act in zip(
-        ((20, 18, [1, 1]), (3, 32, [0, 2])), acts, strict=False
+    for (channels, out, padding, stride), act in zip(
+        ((20, 18, [1, 1], 1), (3, 32, [0, 2], 1), (20, 18, [1, 1], 2)), acts, strict=False
     ):
-        if name.startswith("winograd_"):
-            weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3))
-        else:
-            weights, padding = pointwise.packed_weight(torch.randn(out, channels, 1, 1)), None
         x = last(2, channels, 9, 7)
-        geometry = () if padding is None else (padding,)
-        sizes = [9 + 2 * padding[0] - 2, 7 + 2 * padding[1] - 2] if geometry else [9, 7]
+        if name.startswith("winograd_"):
+            weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3), stride)
+            geometry = (padding, stride)
+            sizes = winograd.output_size([9, 7], (stride, stride), padding)
+        else:
+            weights = pointwise.packed_weight(torch.randn(out, channels, 1, 1))
+            geometry, sizes = (), [9, 7]
         vectors = tuple(torch.rand(4, channels) + 0.5)  # mean, rstd, gamma, beta
         if name.endswith("_conv"):
             yield (x, weights, torch.randn(out), out, *geometry)
@@ -355,10 +356,17 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
                 *stats,
             )
         else:
+            # x is dy, which a convolution makes of a plane of these sizes.
+            if geometry:
+                sizes = [(n - 1) * stride + 3 - 2 * p for n, p in zip((9, 7), padding, strict=True)]
+                geometry = (sizes, *geometry)
+            conv = (weights, out, *geometry)
+            if name == "winograd_dgrad":
+                yield (x, *conv)
+                continue
             below = (last(2, out, *sizes), None, *torch.rand(4, out), act, 0.01)
             beside = (last(2, out, *sizes), *torch.rand(2, out))
             above = (last(2, channels, 9, 7), *vectors, *torch.rand(2, channels), act, 0.01)
-            conv = (weights, out, *geometry)
             nothing = (None,) * 7
             yield (x, *above, *conv, last(2, out, *sizes), *below, *beside)
             yield (x, *nothing, "identity", 0.0, *conv, None, *below, None, None, None)

@@ -168,12 +168,12 @@ def test_a_sweep_runs_what_is_left_and_its_report_shows_all(
 
     # What only a person can tell; and runs whose times are not to be compared.
     result = folder / NAMES[3] / "result.json"
-    other = json.loads(result.read_text()) | {"machine": "Another, 1 threads"}
+    other = json.loads(result.read_text()) | {"machine": "1st of all, 1 threads"}
     result.write_text(json.dumps(other))
     assert main(["report", str(folder), "--note", "Beside <other> work."]) == 0
     told = (folder / "report" / "report.html").read_text()
     check_page(told)
-    assert "<p>Beside &lt;other&gt; work.</p>" in told and "(1) Another, 1 threads" in told
+    assert "<p>Beside &lt;other&gt; work.</p>" in told and "(1) 1st of all, 1 threads" in told
     assert f"{NAMES[3]} (1)" in told and f"{NAMES[0]} (2)" in told
 
 

@@ -30,7 +30,7 @@ def table(tmp_path, monkeypatch):
 def net() -> nn.Module:
     """One convolution of each kind that has a choice, and two that have none."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(3, 16, 5, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
         nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
@@ -241,9 +241,9 @@ def test_command(table, capsys):
     options = ["--batch", "2", "--size", "12", "--rounds", "1"]
     assert main(["tune", "--model", "resnet8", *options]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == f"4 convolutions in {table}" and len(out) == 5
+    assert out[-1] == f"6 convolutions in {table}" and len(out) == 7
     assert main(["doctor"]) == 0
-    assert f"4 convolutions in {table}" in capsys.readouterr().out
+    assert f"6 convolutions in {table}" in capsys.readouterr().out
     assert main(["tune", "--model", "resnet8", "--rounds", "0"]) == 2
     assert "--rounds is 0" in capsys.readouterr().err
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""3x3 convolutions in Winograd's form: every shape against float64, the choice of the form, its weights and its errors."""
+"""3x3 convolutions of stride 1 and 2 in Winograd's form: every shape against float64, the choice of the form, its weights and its errors."""
 
 import math
 
@@ -38,6 +38,7 @@ SIZES = dict(
     height=st.integers(1, 14),
     width=st.integers(1, 30),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    stride=st.sampled_from([1, 2]),
     mean=st.sampled_from([0.0, 3.0, -100.0]),
     has_bias=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -45,19 +46,19 @@ SIZES = dict(
 
 
 @settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(**SIZES)
 def test_both_directions_on_random_shapes(
-    everywhere, batch, channels, out_channels, height, width, padding, mean, has_bias, seed
+    everywhere, batch, channels, out_channels, height, width, padding, stride, mean, has_bias, seed
 ):
     if height + 2 * padding[0] < 3 or width + 2 * padding[1] < 3:
         return
     torch.manual_seed(seed)
-    geometry = (ONES, list(padding), ONES, 1)
+    geometry = ([stride, stride], list(padding), ONES, 1)
     x, weight = (
         channels_last(batch, channels, height, width, mean=mean),
         frozen(out_channels, channels),
@@ -65,10 +66,10 @@ def test_both_directions_on_random_shapes(
     bias = torch.randn(out_channels) if has_bias else None
     wide = x.double().requires_grad_()
     oracle = F.conv2d(
-        wide, weight.double(), None if bias is None else bias.double(), padding=padding
+        wide, weight.double(), None if bias is None else bias.double(), stride, padding
     )
     stock_x = x.clone().requires_grad_()
-    stock = F.conv2d(stock_x, weight, bias, padding=padding)
+    stock = F.conv2d(stock_x, weight, bias, stride, padding)
     y = native.conv_forward(x, weight, bias, *geometry)
     if not x.is_contiguous():  # else it is an NCHW tensor as well, and stays one
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -81,14 +82,21 @@ def test_both_directions_on_random_shapes(
     assert_close_as_winograd(dx, dx_oracle, [dx_stock], "dx")
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thread_count_does_not_change_a_bit(threads):
-    x, weight = channels_last(2, 96, 15, 9), frozen(160, 96)
+def test_thread_count_does_not_change_a_bit(everywhere, threads, stride):
+    x, weight, step = channels_last(2, 96, 15, 9), frozen(160, 96), [stride, stride]
     before = torch.get_num_threads()
-    expected = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+
+    def results():
+        y = native.conv_forward(x, weight, None, step, ONES, ONES, 1)
+        return y, native.conv_dgrad(y, weight, [15, 9], step, ONES, ONES, 1)
+
+    expected = results()
     try:
         torch.set_num_threads(threads)
-        assert_bit_equal(native.conv_forward(x, weight, None, ONES, ONES, ONES, 1), expected, "y")
+        for name, found, one in zip(("y", "dx"), results(), expected, strict=True):
+            assert_bit_equal(found, one, name)
     finally:
         torch.set_num_threads(before)
 
@@ -105,10 +113,10 @@ def test_threads_that_share_weights_change_no_bit(batch, size):
     def results() -> list[torch.Tensor]:
         y = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
         forward = torch.ops.bnfast.winograd_fwd_reduce(
-            x, *norm, "relu", 0.0, turned, None, 256, ONES, *stats
+            x, *norm, "relu", 0.0, turned, None, 256, ONES, 1, *stats
         )
         backward = torch.ops.bnfast.winograd_dgrad_reduce(
-            x, z, *norm, *norm[:2], "relu", 0.0, turned, 256, ONES, None,
+            x, z, *norm, *norm[:2], "relu", 0.0, turned, 256, [size, size], ONES, 1, None,
             below, None, *behind, "relu", 0.0, None, None, None,
         )  # fmt: skip
         return [y, *forward, *backward]
@@ -153,11 +161,11 @@ def test_the_choice(monkeypatch):
     x = torch.empty(2, 32, 8, 8)
     assert serves(x)
     assert not serves(x.double()) and not serves(x.bfloat16())
+    assert not serves(x, kernel=(1, 3)) and not serves(x, dilation=(1, 2))
     assert (
-        not serves(x, kernel=(1, 3))
-        and not serves(x, stride=(2, 2))
-        and not serves(x, dilation=(1, 2))
+        serves(x, stride=(2, 2)) and not serves(x, stride=(1, 2)) and not serves(x, stride=(3, 3))
     )
+    assert serves(x[..., :6, :6]) and not serves(x[..., :6, :6], stride=(2, 2)), "no gain"
     assert not serves(x, groups=2) and not serves(x, out_channels=8) and not serves(x[:, :3])
     assert not serves(x[..., :2, :2]), "most of the tile would lie outside"
     assert not winograd.serves(x, (3, 3), 32, ONES, ONES, ONES, 1, "baseline")
@@ -209,17 +217,27 @@ def test_transformed_weights_follow_the_weight(everywhere):
         (dict(x=torch.zeros(2, 5, 8, 8)), "weights are"),
         (dict(x=torch.zeros(2, 4, 1, 8), padding=[0, 0]), "does not fit"),
         (dict(padding=[1]), "padding is"),
+        (dict(stride=3), "stride is"),
         (dict(bias=torch.zeros(5)), "bias is"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_does_not_fit_is_refused(change, message):
-    arguments = dict(x=torch.zeros(2, 4, 8, 8), bias=None, padding=[1, 1]) | change
+    arguments = dict(x=torch.zeros(2, 4, 8, 8), bias=None, padding=[1, 1], stride=1) | change
     weights = winograd.transformed_weight(torch.randn(3, 4, 3, 3))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.bnfast.winograd_conv(
-            arguments["x"], weights, arguments["bias"], 3, arguments["padding"]
+            arguments["x"], weights, arguments["bias"], 3, arguments["padding"], arguments["stride"]
         )
+
+
+@pytest.mark.parametrize(
+    "size, padding, stride", [([8, 9], ONES, 1), ([9, 8], ONES, 2), ([8], ONES, 2)]
+)
+def test_a_gradient_that_does_not_fit_is_refused(size, padding, stride):
+    weights = winograd.transformed_weight(torch.randn(3, 4, 3, 3), stride)
+    with pytest.raises(RuntimeError, match="input_size"):
+        torch.ops.bnfast.winograd_dgrad(torch.zeros(2, 4, 8, 8), weights, 3, size, padding, stride)
 
 
 def test_empty_batch(everywhere):
@@ -258,19 +276,19 @@ def of_kind(kind: str, size: tuple[int, ...]) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def two_units(weights, vectors, act: str) -> list[ops.Unit]:
+def two_units(weights, vectors, strides, act: str) -> list[ops.Unit]:
     return [
         ops.Unit(
-            w, None, (1, 1), (1, 1), (1, 1), gamma=g, beta=b, act=act, running_mean=None,
+            w, None, (s, s), (1, 1), (1, 1), gamma=g, beta=b, act=act, running_mean=None,
             running_var=None,
         )
-        for w, (g, b) in zip(weights, vectors, strict=True)
+        for w, (g, b), s in zip(weights, vectors, strides, strict=True)
     ]  # fmt: skip
 
 
-def plain(x, weights, vectors, act: str) -> torch.Tensor:
-    for w, (g, b) in zip(weights, vectors, strict=True):
-        x = F.batch_norm(F.conv2d(x, w, padding=1), None, None, g, b, True)
+def plain(x, weights, vectors, strides, act: str) -> torch.Tensor:
+    for w, (g, b), s in zip(weights, vectors, strides, strict=True):
+        x = F.batch_norm(F.conv2d(x, w, stride=s, padding=1), None, None, g, b, True)
         x = F.silu(x) if act == "silu" else x
     return x
 
@@ -291,14 +309,14 @@ def errors(found, exact) -> list[float]:
     ]
 
 
-def conditions(x, weights, vectors, act: str, dy) -> tuple[float, list[float]]:
+def conditions(x, weights, vectors, strides, act: str, dy) -> tuple[float, list[float]]:
     """In float64: the conditioning of the normalisations (their inputs' size over their deviation), and the 2-norms that roundings of
     y, dx, and each unit's dgamma and dbeta are relative to. For the sums that is the sum of the sizes of what they add up: behind a
     unit whose whole map is one pixel, the unit below has a dbeta of exactly 0 (the normalisation takes its beta out again)."""
     conditioning, kept = 1.0, []
     x = z = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    for w, (g, b) in zip(weights, vectors, strict=True):
-        z = F.conv2d(z, w, padding=1)
+    for w, (g, b), s in zip(weights, vectors, strides, strict=True):
+        z = F.conv2d(z, w, stride=s, padding=1)
         deviation = (z.detach().var((0, 2, 3), correction=0) + 1e-5).sqrt()
         conditioning *= 1 + (z.detach().abs().amax((0, 2, 3)) / deviation).max().item()
         xhat = F.batch_norm(z, None, None, None, None, True)
@@ -327,6 +345,7 @@ def conditions(x, weights, vectors, act: str, dy) -> tuple[float, list[float]]:
     out_channels=st.sampled_from([1, 4, 16, 19]),
     height=st.integers(1, 13),
     width=st.integers(1, 13),
+    strides=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
     act=st.sampled_from(["identity", "silu"]),
     kind=st.sampled_from(
         ["normal", "off centre", "tiny", "huge", "half zeros", "heavy tails", "one outlier", "dead channels"]
@@ -334,24 +353,25 @@ def conditions(x, weights, vectors, act: str, dy) -> tuple[float, list[float]]:
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_units_are_within_eight_times_of_stock_pytorch(
-    everywhere, batch, channels, between, out_channels, height, width, act, kind, seed
+    everywhere, batch, channels, between, out_channels, height, width, strides, act, kind, seed
 ):
     """Two units, joined: every result's error against float64 is at most 8 times that of the worse stock layout, or 1e-5 times its
     size and the conditioning of the normalisations where that is more."""
-    if batch * height * width < 4:
+    out = [-(-n // max(strides)) for n in (height, width)]
+    if batch * math.prod(out) < 4:
         return
     torch.manual_seed(seed)
     x = of_kind(kind, (batch, channels, height, width))
     weights = [frozen(between, channels), frozen(out_channels, between)]
     vectors = [(torch.rand(n) + 0.5, torch.randn(n)) for n in (between, out_channels)]
-    dy = torch.randn(batch, out_channels, height, width)
+    dy = torch.randn(batch, out_channels, *out)
     wide = [w.double() for w in weights]
 
     def stock(x, w, v):
-        return plain(x, w, v, act)
+        return plain(x, w, v, strides, act)
 
     def ours(x, w, v):
-        return ops.frozen_conv_bn_act(x, two_units(w, v, act), "cpu")
+        return ops.frozen_conv_bn_act(x, two_units(w, v, strides, act), "cpu")
 
     double = [tuple(v.double() for v in pair) for pair in vectors]
     exact = results(stock, x.double(), wide, double, dy.double())
@@ -361,7 +381,7 @@ def test_units_are_within_eight_times_of_stock_pytorch(
     ]
     found = results(ours, x, weights, vectors, dy)
     assert all(t.isfinite().all() for t in found)
-    conditioning, norms = conditions(x.double(), wide, double, act, dy.double())
+    conditioning, norms = conditions(x.double(), wide, double, strides, act, dy.double())
     names = ("y", "dx", "dgamma 1", "dbeta 1", "dgamma 2", "dbeta 2")
     for name, size, error, *stocks in zip(names, norms, errors(found, exact), *apart, strict=True):
         allowed = max(8 * max(stocks), 1e-5 * conditioning * size)

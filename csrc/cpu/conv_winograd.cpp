@@ -1,4 +1,4 @@
-// 3x3 convolutions of stride 1 in Winograd's form as operators: alone, and with the BatchNorm phases in front of it and behind it.
+// 3x3 convolutions of stride 1 and 2 in Winograd's form as operators: alone, and with the BatchNorm phases in front of it and behind it.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -17,7 +17,7 @@ using at::Tensor;
 
 // Bytes of what a unit reads, transforms and writes, which stay in an L2 cache of 2 MB beside the weights that pass through it.
 constexpr int64_t kUnitBytes = 900 << 10;
-constexpr int64_t kFewestTiles = 24, kMostTiles = 48;   // of a unit, about
+constexpr int64_t kFewestValues = 24 * 36, kMostValues = 48 * 36;   // of the tiles of a unit in a channel, about
 constexpr int64_t kWeightsNear = 1 << 20;               // bytes of weights that stay in the L2 cache
 constexpr int64_t kMostlyWeights = 4;                   // times the bytes of x and y: then threads share the weights, not the tiles
 constexpr int64_t kSplitBlocks = 4;               // output channels are split only so far: each piece transforms its input anew
@@ -30,6 +30,49 @@ constexpr int64_t kGroup = 64;                    // elements of a row of a redu
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+void check_sizes(const Tensor& t, at::IntArrayRef padding, int64_t stride) {
+  TORCH_CHECK(t.dim() == 4 && t.scalar_type() == at::kFloat, "bnfast: x is ", t.scalar_type(), " ", t.sizes(),
+              "; float32 [N, C, H, W] is needed");
+  TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "bnfast: padding is ", padding,
+              "; two values of at least 0 are needed");
+  TORCH_CHECK(stride == 1 || stride == 2, "bnfast: stride is ", stride, "; 1 and 2 are allowed");
+}
+
+int64_t outputs_of(int64_t inputs, int64_t padding, int64_t stride) {
+  return inputs + 2 * padding < 3 ? 0 : (inputs + 2 * padding - 3) / stride + 1;
+}
+
+// Where a convolution's tiles lie.
+struct Geometry {
+  WinogradForm form;
+  WinogradKernels::TileRows WinogradKernels::*kernel;
+  int64_t out_height, out_width, in_top, in_left, out_top, out_left;
+
+  static Geometry forward(const Tensor& x, at::IntArrayRef padding, int64_t stride) {
+    check_sizes(x, padding, stride);
+    const Geometry g = {stride == 1 ? kSame : kHalved, stride == 1 ? &WinogradKernels::same : &WinogradKernels::halved,
+                        outputs_of(x.size(2), padding[0], stride), outputs_of(x.size(3), padding[1], stride),
+                        -padding[0], -padding[1], 0, 0};
+    TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding,
+                "; a kernel of 3 x 3 does not fit");
+    return g;
+  }
+
+  // Of the data gradient, whose output is of input_size.
+  static Geometry backward(const Tensor& dy, at::IntArrayRef input_size, at::IntArrayRef padding, int64_t stride) {
+    check_sizes(dy, padding, stride);
+    TORCH_CHECK(input_size.size() == 2 && outputs_of(input_size[0], padding[0], stride) == dy.size(2) &&
+                    outputs_of(input_size[1], padding[1], stride) == dy.size(3) && dy.size(2) > 0 && dy.size(3) > 0,
+                "bnfast: dy is of shape ", dy.sizes(), " and input_size ", input_size, " with padding ", padding, " and stride ", stride,
+                "; the output size of that convolution is needed");
+    const int64_t height = input_size[0], width = input_size[1];
+    if (stride == 1) return {kSame, &WinogradKernels::same, height, width, padding[0] - 2, padding[1] - 2, 0, 0};
+    // A tile begins at an odd place of the padded input, to which the middle tap of one dy contributes.
+    const int64_t top = padding[0] % 2 - 1, left = padding[1] % 2 - 1;
+    return {kDoubled, &WinogradKernels::doubled, height, width, (padding[0] + top - 1) / 2, (padding[1] + left - 1) / 2, top, left};
+  }
+};
+
 // A convolution cut into units of work. Every output depends on its own tile alone, in one order of additions: how the work is cut
 // changes no bit of it. What is reduced behind it is reduced by units, whose borders depend on the shape alone.
 class Winograd {
@@ -37,28 +80,26 @@ class Winograd {
   Tensor y;
 
   // x: of the input's sizes.
-  Winograd(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding) {
-    TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "bnfast: x is ", x.scalar_type(), " ", x.sizes(),
-                "; float32 [N, C, H, W] is needed");
-    TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "bnfast: padding is ", padding,
-                "; two values of at least 0 are needed");
+  Winograd(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, const Geometry& geometry) {
     blocks_ = WinogradConv::blocks(out_channels);
     TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat &&
-                    weights.sizes() == at::IntArrayRef({kWinogradPoints, blocks_, x.size(1), kWinogradLanes}),
+                    weights.sizes() == at::IntArrayRef({kWinogradMatrices, blocks_, x.size(1), kWinogradLanes}),
                 "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [36, ", blocks_, ", ", x.size(1),
                 ", 16] is needed");
+    d_.form = geometry.form;
+    kernel_ = cpu_capability().winograd.*geometry.kernel;
     d_.channels = x.size(1);
     d_.out_channels = out_channels;
     d_.height = x.size(2);
     d_.width = x.size(3);
-    d_.padding_height = padding[0];
-    d_.padding_width = padding[1];
-    d_.out_height = d_.height + 2 * padding[0] - 2;
-    d_.out_width = d_.width + 2 * padding[1] - 2;
-    TORCH_CHECK(d_.out_height > 0 && d_.out_width > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding,
-                "; a kernel of 3 x 3 does not fit");
-    d_.tile_rows = ceil_div(d_.out_height, kWinogradTile);
-    d_.tile_columns = ceil_div(d_.out_width, kWinogradTile);
+    d_.out_height = geometry.out_height;
+    d_.out_width = geometry.out_width;
+    d_.in_top = geometry.in_top;
+    d_.in_left = geometry.in_left;
+    d_.out_top = geometry.out_top;
+    d_.out_left = geometry.out_left;
+    d_.tile_rows = ceil_div(d_.out_height - d_.out_top, d_.form.out);
+    d_.tile_columns = ceil_div(d_.out_width - d_.out_left, d_.form.out);
     if (bias) {
       TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, "bnfast: bias is of shape ", bias->sizes(), "; [",
                   out_channels, "] is needed");
@@ -115,18 +156,18 @@ class Winograd {
  private:
   void cut() {
     const int64_t threads = at::get_num_threads();
-    const int64_t weights = kWinogradPoints * d_.channels * blocks_ * kWinogradLanes * kFloat;
+    const int64_t weights = kWinogradMatrices * d_.channels * blocks_ * kWinogradLanes * kFloat;
     weights_are_near_ = weights <= kWeightsNear;
     d_.fetches_weights = !weights_are_near_;
     const int64_t moved = kFloat * y.size(0) * (d_.height * d_.width * d_.channels + d_.out_height * d_.out_width * d_.out_channels);
     is_shared_ = weights > kMostlyWeights * moved && blocks_ >= 2 * kSplitBlocks;
     rows_per_unit_ = 1;
     if (is_shared_) {
-      const int64_t most = std::max<int64_t>(1, 2 * kMostTiles / d_.tile_columns);
+      const int64_t most = std::max<int64_t>(1, most_tiles() / d_.tile_columns);
       rows_per_unit_ = std::max<int64_t>(1, ceil_div(rows_, std::max<int64_t>(1, ceil_div(rows_, most))));
     } else {
       const int64_t tiles = tiles_wanted();
-      for (int64_t rows = 2; rows <= rows_ && rows * d_.tile_columns <= 2 * kMostTiles; ++rows) {
+      for (int64_t rows = 2; rows <= rows_ && rows * d_.tile_columns <= most_tiles(); ++rows) {
         if (cost(rows, tiles) < cost(rows_per_unit_, tiles)) rows_per_unit_ = rows;
       }
     }
@@ -135,18 +176,20 @@ class Winograd {
     blocks_per_piece_ = ceil_div(blocks_, std::clamp<int64_t>(blocks_ / kSplitBlocks, 1, wanted));
     pieces_ = ceil_div(blocks_, blocks_per_piece_);
     // Wide images: a row of tiles is taken in parts.
-    d_.tiles = ceil_div(std::min(2 * kMostTiles, rows_per_unit_ * d_.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
+    d_.tiles = ceil_div(std::min(most_tiles(), rows_per_unit_ * d_.tile_columns), kWinogradRowGroup) * kWinogradRowGroup;
     // Few channels: the transformed input stays in the L2 cache while the products of two blocks at a time pass through it. Many:
     // it does not, and each of its 36 matrices is read once for all blocks.
-    const bool is_near = kWinogradPoints * d_.input_columns() * d_.tiles * kFloat <= kUnitBytes;
+    const bool is_near = d_.points() * d_.input_columns() * d_.tiles * kFloat <= kUnitBytes;
     d_.panel = is_near ? std::min<int64_t>(2, blocks_per_piece_) : blocks_per_piece_;
   }
 
-  // Tiles of a unit that fill the cache.
+  // Tiles of a unit: at most, and those that fill the cache.
+  int64_t most_tiles() const { return 2 * kMostValues / d_.points(); }
   int64_t tiles_wanted() const {
-    const int64_t streams = kWinogradTile * kWinogradTile * (2 * d_.input_columns() + 3 * blocks_ * kWinogradLanes);
-    const int64_t scratch = kWinogradPoints * (d_.input_columns() + std::min<int64_t>(2, blocks_) * kWinogradLanes);
-    return std::clamp(kUnitBytes / ((streams + scratch) * kFloat), kFewestTiles, kMostTiles);
+    const WinogradForm& form = d_.form;
+    const int64_t streams = 2 * form.in_step * form.in_step * d_.input_columns() + 3 * form.out * form.out * blocks_ * kWinogradLanes;
+    const int64_t scratch = d_.points() * (d_.input_columns() + std::min<int64_t>(2, blocks_) * kWinogradLanes);
+    return std::clamp(kUnitBytes / ((streams + scratch) * kFloat), kFewestValues / d_.points(), kMostValues / d_.points());
   }
 
   // What units of so many rows of tiles cost, in products of one tile with the weights: tiles go through the product in groups of
@@ -169,10 +212,10 @@ class Winograd {
   int64_t row(int64_t unit) const { return std::min(rows_, unit * rows_per_unit_); }   // of tiles
   // Pixels of the output and of the input in front of a row of tiles.
   int64_t out_pixel(int64_t row) const {
-    return (row / d_.tile_rows * d_.out_height + row % d_.tile_rows * kWinogradTile) * d_.out_width;
+    return (row / d_.tile_rows * d_.out_height + std::max<int64_t>(0, row % d_.tile_rows * d_.form.out + d_.out_top)) * d_.out_width;
   }
   int64_t in_pixel(int64_t row) const {
-    return (row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * kWinogradTile)) * d_.width;
+    return (row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * d_.form.in_step)) * d_.width;
   }
 
   void piece(int64_t unit, int64_t block, int64_t last_block) const {
@@ -194,10 +237,11 @@ class Winograd {
       }
       d.upcoming = runs;
     }
-    cpu_capability().winograd.tile_rows(d, row(unit), row(unit + 1), block, last_block, aligned_ + at::get_thread_num() * floats_);
+    kernel_(d, row(unit), row(unit + 1), block, last_block, aligned_ + at::get_thread_num() * floats_);
   }
 
   WinogradConv d_ = {};
+  WinogradKernels::TileRows kernel_;
   std::array<const float*, 3> behind_ = {};
   Tensor x_, bias_, scratch_;
   float* aligned_ = nullptr;
@@ -206,10 +250,19 @@ class Winograd {
 };
 
 Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
-                     at::IntArrayRef padding) {
+                     at::IntArrayRef padding, int64_t stride) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, padding);
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
   conv.set_input(x);
+  if (conv.y.numel() > 0) conv.all();
+  return conv.y;
+}
+
+Tensor winograd_dgrad(const Tensor& dy, const Tensor& weights, int64_t in_channels, at::IntArrayRef input_size,
+                      at::IntArrayRef padding, int64_t stride) {
+  const PoolScope pooled;
+  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride));
+  conv.set_input(dy);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
 }
@@ -217,10 +270,10 @@ Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTenso
 std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
     const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
     c10::string_view act, double slope, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
-    at::IntArrayRef padding, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
-    std::optional<double> momentum, double eps) {
+    at::IntArrayRef padding, int64_t stride, OptionalTensor running_mean, OptionalTensor running_var,
+    OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, padding);
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
   std::optional<Normalised> source;
   if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
   else conv.set_input(x);
@@ -236,9 +289,10 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
 
 Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
                           const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
-                          const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding) {
+                          const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding,
+                          int64_t stride) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, padding);
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
   conv.set_input(x);
   const std::optional<PixelUnits> units = conv.pixels();
   const bool at_once = !units || conv.is_split();
@@ -262,12 +316,13 @@ Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rst
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
     const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
-    const Tensor& weights, int64_t in_channels, at::IntArrayRef margin, const OptionalTensor& add, const OptionalTensor& z_below,
+    const Tensor& weights, int64_t in_channels, at::IntArrayRef input_size, at::IntArrayRef padding, int64_t stride,
+    const OptionalTensor& add, const OptionalTensor& z_below,
     const OptionalTensor& bits, const OptionalTensor& mean_below, const OptionalTensor& rstd_below, const OptionalTensor& gamma_below,
     const OptionalTensor& beta_below, c10::string_view act_below, double slope_below, const OptionalTensor& z_beside,
     const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
   const PoolScope pooled;
-  Winograd conv(dy, weights, std::nullopt, in_channels, margin);
+  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride));
   check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
   if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
@@ -296,6 +351,7 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("winograd_conv", &winograd_conv);
   m.impl("winograd_fwd_apply", &winograd_fwd_apply);
   m.impl("winograd_fwd_reduce", &winograd_fwd_reduce);
+  m.impl("winograd_dgrad", &winograd_dgrad);
   m.impl("winograd_dgrad_reduce", &winograd_dgrad_reduce);
 }
 

@@ -1,6 +1,7 @@
-// conv_fwd and conv_dgrad of 3x3 convolutions of stride 1 in Winograd's form (conv_winograd.h), float32.
+// conv_fwd and conv_dgrad of 3x3 convolutions of stride 1 and 2 in Winograd's form (conv_winograd.h), float32.
 // Per element of x: read 2.25 times from the cache (tiles overlap), once from memory (or made by the phase in front, row by row);
-// y is written once. The transformed tiles never leave the cache. 2.25 multiplications per output and pair of channels, against 9 of the direct form.
+// y is written once. The transformed tiles never leave the cache. Multiplications per pair of channels and output: 2.25 (stride 1) and 5.06
+// (stride 2), against 9 of the direct form.
 #pragma once
 
 #include <algorithm>
@@ -15,26 +16,124 @@ BNFAST_INLINE FloatBlock fma(const FloatBlock& a, float b, const FloatBlock& c) 
   return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(a.part[p], FloatVec{} + b, c.part[p]); });
 }
 
-// B^T d for six values.
-BNFAST_INLINE void transform_input(const FloatBlock (&d)[6], FloatBlock (&v)[6]) {
-  const FloatBlock even = fma(d[2], -4, d[4]), odd = fma(d[1], -4, d[3]);
-  const FloatBlock even2 = d[4] - d[2], odd2 = d[3] - d[1];
-  v[0] = fma(d[0], 4, fma(d[2], -5, d[4]));
-  v[1] = even + odd;
-  v[2] = even - odd;
-  v[3] = fma(odd2, 2, even2);
-  v[4] = fma(odd2, -2, even2);
-  v[5] = fma(d[1], 4, fma(d[3], -5, d[5]));
+// The forms along one side: input is B^T d, output is A^T m.
+struct Same {
+  static constexpr WinogradForm kForm = kSame;
+  static constexpr bool kUnrolled = true;
+  static BNFAST_INLINE void input(const FloatBlock (&d)[6], FloatBlock (&v)[6]) {
+    const FloatBlock even = fma(d[2], -4, d[4]), odd = fma(d[1], -4, d[3]);
+    const FloatBlock even2 = d[4] - d[2], odd2 = d[3] - d[1];
+    v[0] = fma(d[0], 4, fma(d[2], -5, d[4]));
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = fma(odd2, 2, even2);
+    v[4] = fma(odd2, -2, even2);
+    v[5] = fma(d[1], 4, fma(d[3], -5, d[5]));
+  }
+  static BNFAST_INLINE void output(const FloatBlock (&m)[6], FloatBlock (&y)[4]) {
+    const FloatBlock sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+    y[0] = m[0] + sum1 + sum2;
+    y[1] = fma(difference2, 2, difference1);
+    y[2] = fma(sum2, 4, sum1);
+    y[3] = fma(difference2, 8, difference1) + m[5];
+  }
+};
+
+// F(4, 2), which both forms of stride 2 have for the outer taps.
+struct OuterTaps {
+  static BNFAST_INLINE void input(const FloatBlock (&d)[5], FloatBlock* v) {
+    const FloatBlock outer = d[3] - d[1];
+    v[0] = fma(d[0] - d[2], 2, outer);
+    v[1] = fma(d[1], -2, d[3] - d[2]);
+    v[2] = fma(d[1], 2, fma(d[2], -3, d[3]));
+    v[3] = outer;
+    v[4] = fma(outer, -2, d[4] - d[2]);
+  }
+  static BNFAST_INLINE void output(const FloatBlock* m, FloatBlock (&y)[4]) {
+    const FloatBlock sum = m[1] + m[2], difference = m[1] - m[2];
+    y[0] = m[0] + sum + m[3];
+    y[1] = fma(m[3], 2, difference);
+    y[2] = fma(m[3], 4, sum);
+    y[3] = fma(m[3], 8, difference) + m[4];
+  }
+};
+struct Halved {
+  static constexpr WinogradForm kForm = kHalved;
+  static constexpr bool kUnrolled = false;
+  static BNFAST_INLINE void input(const FloatBlock (&d)[9], FloatBlock (&v)[9]) {
+    OuterTaps::input({d[0], d[2], d[4], d[6], d[8]}, v);
+    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { v[5 + i] = d[2 * i + 1]; });
+  }
+  static BNFAST_INLINE void output(const FloatBlock (&m)[9], FloatBlock (&y)[4]) {
+    OuterTaps::output(m, y);
+    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { y[i] = y[i] + m[5 + i]; });
+  }
+};
+struct Doubled {
+  static constexpr WinogradForm kForm = kDoubled;
+  static constexpr bool kUnrolled = false;
+  static BNFAST_INLINE void input(const FloatBlock (&d)[5], FloatBlock (&v)[9]) {
+    OuterTaps::input(d, v);
+    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { v[5 + i] = d[i]; });
+  }
+  static BNFAST_INLINE void output(const FloatBlock (&m)[9], FloatBlock (&y)[8]) {
+    FloatBlock outer[4];
+    OuterTaps::output(m, outer);
+    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA {
+      y[2 * i] = m[5 + i];
+      y[2 * i + 1] = outer[i];
+    });
+  }
+};
+
+// f(0), ..., f(N - 1): unrolled where what they index lives in registers, a loop where there is too much of it.
+template <bool kUnrolled, int N, class F>
+BNFAST_INLINE void each(F f) {
+  if constexpr (kUnrolled) {
+    unrolled<N>(f);
+  } else {
+    for (int i = 0; i < N; ++i) f(i);
+  }
 }
 
-// A^T m for six values.
-BNFAST_INLINE void transform_output(const FloatBlock (&m)[6], FloatBlock (&y)[4]) {
-  const FloatBlock sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-  y[0] = m[0] + sum1 + sum2;
-  y[1] = fma(difference2, 2, difference1);
-  y[2] = fma(sum2, 4, sum1);
-  y[3] = fma(difference2, 8, difference1) + m[5];
-}
+// Where the values of a tile lie: those of one point as [rows, columns], the points of one matrix one behind the other.
+template <class Form>
+class Places {
+ public:
+  static constexpr int kPoints = Form::kForm.points, kShared = kPoints - 5;   // points of the sixth matrix
+  static constexpr int points_of(int matrix) { return (matrix / 6 == 5 ? kShared : 1) * (matrix % 6 == 5 ? kShared : 1); }
+
+  // Room for `tiles` rows, of which `rows` are in use.
+  Places(int64_t tiles, int64_t rows, int64_t columns) {
+    int64_t begin = 0;
+    for (int a = 0; a < 6; ++a) {
+      for (int b = 0; b < 6; ++b) {
+        const int down = a == 5 ? kShared : 1, across = b == 5 ? kShared : 1;
+        for (int i = 0; i < down; ++i) {
+          for (int j = 0; j < across; ++j) place_[(a + i) * kPoints + b + j] = begin + (i * across + j) * rows * columns;
+        }
+        begin += down * across * tiles * columns + kWinogradLanes;
+      }
+    }
+  }
+  BNFAST_INLINE int64_t operator()(int i, int j) const { return place_[i * kPoints + j]; }
+  int64_t matrix(int index) const { return (*this)(index / 6, index % 6); }
+
+ private:
+  int64_t place_[kPoints * kPoints];
+};
+// A point is a matrix: no table.
+template <>
+class Places<Same> {
+ public:
+  static constexpr int points_of(int) { return 1; }
+  Places(int64_t tiles, int64_t, int64_t columns) : step_(tiles * columns + kWinogradLanes) {}
+  BNFAST_INLINE int64_t operator()(int i, int j) const { return (i * 6 + j) * step_; }
+  int64_t matrix(int index) const { return index * step_; }
+
+ private:
+  int64_t step_;
+};
 
 // The places of a tile: rows of pixels at one step, or each on its own, null where it does not exist.
 template <class T, int kRows>
@@ -49,39 +148,41 @@ struct TornTile {
   template <class I, class J> BNFAST_INLINE T* operator()(I i, J j) const { return place[i * kSide + j]; }
 };
 
-// The 36 values v, at steps of `matrix`, of 16 channels from c on of a tile, whose places all exist.
-template <class P, class L>
-BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, int64_t matrix) {
-  FloatBlock columns[36];
-  unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
-    FloatBlock d[6], t[6];
-    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
-    transform_input(d, t);
-    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * 6 + j] = t[i]; });
+// The values of 16 channels from c on of a tile, whose places all exist, into v.
+template <class Form, class P, class L>
+BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, const Places<Form>& places) {
+  constexpr int kIn = Form::kForm.in, kPoints = Form::kForm.points;
+  FloatBlock columns[kPoints * kIn];
+  each<Form::kUnrolled, kIn>([&](auto j) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[kIn], t[kPoints];
+    unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
+    Form::input(d, t);
+    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kIn + j] = t[i]; });
   });
-  unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA {
-    FloatBlock d[6], t[6];
-    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * 6 + j]; });
-    transform_input(d, t);
-    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { store_block(v + (i * 6 + j) * matrix, t[j]); });
+  each<Form::kUnrolled, kPoints>([&](auto i) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[kIn], t[kPoints];
+    unrolled<kIn>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kIn + j]; });
+    Form::input(d, t);
+    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { store_block(v + places(i, j), t[j]); });
   });
 }
 
-// 16 channels from k on of the 16 places of a tile, from the 36 products m at steps of `matrix`.
-template <class P, class L>
-BNFAST_INLINE void output_tile(const float* m, int64_t matrix, const FloatBlock& bias, const P& to, int64_t k, L lanes) {
-  FloatBlock columns[24];
-  unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA {
-    FloatBlock d[6], t[4];
-    unrolled<6>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load_block(m + (i * 6 + j) * matrix); });
-    transform_output(d, t);
-    unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * 6 + j] = t[i]; });
+// 16 channels from k on of the places of a tile, from its products m.
+template <class Form, class P, class L>
+BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const FloatBlock& bias, const P& to, int64_t k, L lanes) {
+  constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
+  FloatBlock columns[kOut * kPoints];
+  each<Form::kUnrolled, kPoints>([&](auto j) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[kPoints], t[kOut];
+    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load_block(m + places(i, j)); });
+    Form::output(d, t);
+    unrolled<kOut>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kPoints + j] = t[i]; });
   });
-  unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA {
-    FloatBlock d[6], t[4];
-    unrolled<6>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * 6 + j]; });
-    transform_output(d, t);
-    unrolled<4>([&](auto j) BNFAST_INLINE_LAMBDA {
+  each<Form::kUnrolled, kOut>([&](auto i) BNFAST_INLINE_LAMBDA {
+    FloatBlock d[kPoints], t[kOut];
+    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
+    Form::output(d, t);
+    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA {
       if (float* place = to(i, j)) store(place + k, t[j] + bias, lanes);
     });
   });
@@ -119,8 +220,9 @@ void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t
   }
 }
 
-// The six rows of x that a row of tiles depends on, null where they are outside. Rows that are made are kept for the next row of
-// tiles, which depends on two of them: row r lies in place r modulo 6.
+// The rows of x that a row of tiles depends on, null where they are outside. Rows that are made are kept for the next row of
+// tiles, which depends on some of them: row r lies in place r modulo their number.
+template <class Form>
 class InputRows {
  public:
   InputRows(const WinogradConv& d, float* made) : d_(d) {
@@ -131,16 +233,16 @@ class InputRows {
     if (tile_row == tile_row_) return rows_;
     tile_row_ = tile_row;
     const int64_t image = tile_row / d_.tile_rows, length = d_.width * d_.channels;
-    const int64_t first = tile_row % d_.tile_rows * kWinogradTile - d_.padding_height;
+    const int64_t first = tile_row % d_.tile_rows * Form::kForm.in_step + d_.in_top;
     if (image != image_) image_ = image, next_ = 0;
-    for (int64_t i = 0; i < kWinogradReach; ++i) {
+    for (int64_t i = 0; i < kIn; ++i) {
       const int64_t r = first + i;
       if (r < 0 || r >= d_.height) {
         rows_[i] = nullptr;
       } else if (!made_) {
         rows_[i] = d_.x + (image * d_.height + r) * length;
       } else {
-        float* to = made_ + r % kWinogradReach * length;
+        float* to = made_ + r % kIn * length;
         const int64_t begin = (image * d_.height + r) * d_.width;
         if (r >= next_) d_.source->write_from(begin, begin + d_.width, d_.channels, to), next_ = r + 1;
         rows_[i] = to;
@@ -150,10 +252,11 @@ class InputRows {
   }
 
  private:
+  static constexpr int kIn = Form::kForm.in;
   const WinogradConv& d_;
   float* made_ = nullptr;
   int64_t tile_row_ = -1, image_ = -1, next_ = 0;   // next_: the first row of the image that is not made
-  const float* rows_[kWinogradReach];
+  const float* rows_[kIn];
 };
 
 constexpr int kLinesPerTile = 8;   // calls of RunsAhead::line() beside a transform of a tile
@@ -188,89 +291,94 @@ struct TileCounter {
   }
 };
 
-inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
+template <class Form>
+void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
+  constexpr int kIn = Form::kForm.in, kOut = Form::kForm.out;
   const int64_t in_columns = d.input_columns(), panel_columns = d.panel_columns();
-  const int64_t in_matrix = d.matrix(in_columns), panel_matrix = d.matrix(panel_columns);
   float* const zeros = scratch;
-  float* const transformed = zeros + kWinogradReach * in_columns;
-  float* const products = transformed + kWinogradPoints * in_matrix;
+  float* const transformed = zeros + kIn * in_columns;
+  float* const products = transformed + d.values(in_columns);
   std::fill(zeros, transformed, 0.0f);
   const int64_t all_tiles = (end - begin) * d.tile_columns, panels = (last - first + kWideBlocks - 1) / kWideBlocks;
   const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
-                        kWinogradPoints * panels * (all_tiles / kWideTiles) * d.channels;
+                        d.points() * panels * (all_tiles / kWideTiles) * d.channels;
   RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
-  InputRows input(d, products + kWinogradPoints * panel_matrix);
+  InputRows<Form> input(d, products + d.values(panel_columns));
   const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns, block_floats = d.channels * kBlock;
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
     const int64_t count = std::min(d.tiles, last_tile - from_tile);
+    const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
+    const Places<Form> in_places(d.tiles, rows, in_columns), out_places(d.tiles, rows, panel_columns);
     TileCounter at(from_tile, d.tile_columns);
     for (int64_t t = 0; t < count; ++t, at.next()) {
-      const int64_t w = at.column * kWinogradTile - d.padding_width;
+      const int64_t w = at.column * Form::kForm.in_step + d.in_left;
       const float* const* lines = input.of(at.row);
       const auto take = [&](const auto& from) BNFAST_INLINE_LAMBDA {
         float* to = transformed + t * in_columns;
         int64_t c = 0;
         for (; c + kBlock <= d.channels; c += kBlock) {
           for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
-          input_tile(from, c, Whole{}, to + c, in_matrix);
+          input_tile(from, c, Whole{}, to + c, in_places);
         }
-        if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_matrix);
+        if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_places);
       };
-      if (w >= 0 && w + kWinogradReach <= d.width) {
-        WholeTile<const float, 6> from = {{}, d.channels};
-        for (int i = 0; i < 6; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
+      if (w >= 0 && w + kIn <= d.width) {
+        WholeTile<const float, kIn> from = {{}, d.channels};
+        for (int i = 0; i < kIn; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
         take(from);
       } else {
-        TornTile<const float, 6> from;
-        for (int64_t i = 0; i < 6; ++i) {
-          for (int64_t j = 0; j < 6; ++j) {
+        TornTile<const float, kIn> from;
+        for (int64_t i = 0; i < kIn; ++i) {
+          for (int64_t j = 0; j < kIn; ++j) {
             const bool inside = lines[i] && w + j >= 0 && w + j < d.width;
-            from.place[i * 6 + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
+            from.place[i * kIn + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
           }
         }
         take(from);
       }
     }
-    const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
     for (int64_t block = first; block < last; block += d.panel) {
       const int64_t width = std::min(d.panel, last - block);
-      for (int64_t point = 0; point < kWinogradPoints; ++point) {
-        const float* v = transformed + point * in_matrix;
-        const float* weights = d.weights + (point * blocks + block) * block_floats;
-        const float* next_point = point + 1 < kWinogradPoints ? weights + blocks * block_floats
-                                                              : d.weights + (block + width < last ? block + width : first) * block_floats;
-        float* m = products + point * panel_matrix;
+      for (int matrix = 0; matrix < kWinogradMatrices; ++matrix) {
+        const float* v = transformed + in_places.matrix(matrix);
+        const float* weights = d.weights + (matrix * blocks + block) * block_floats;
+        const float* next_matrix = matrix + 1 < kWinogradMatrices
+                                       ? weights + blocks * block_floats
+                                       : d.weights + (block + width < last ? block + width : first) * block_floats;
+        float* m = products + out_places.matrix(matrix);
+        const int64_t rows_of_matrix = rows * Places<Form>::points_of(matrix);
         int64_t b = 0;
         for (; b + kWideBlocks <= width; b += kWideBlocks) {
-          const float* next = b + kWideBlocks < width ? weights + (b + kWideBlocks) * block_floats : next_point;
-          multiply_panel<kWideBlocks>(d, v, weights + b * block_floats, next, rows, m + b * kBlock, ahead);
+          const float* next = b + kWideBlocks < width ? weights + (b + kWideBlocks) * block_floats : next_matrix;
+          multiply_panel<kWideBlocks>(d, v, weights + b * block_floats, next, rows_of_matrix, m + b * kBlock, ahead);
         }
-        if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_point, rows, m + b * kBlock, ahead);
+        if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_matrix, rows_of_matrix, m + b * kBlock, ahead);
       }
       TileCounter at(from_tile, d.tile_columns);
       for (int64_t t = 0; t < count; ++t, at.next()) {
-        const int64_t image = at.row / d.tile_rows, h = at.row % d.tile_rows * kWinogradTile, w = at.column * kWinogradTile;
-        float* const y = d.y + ((image * d.out_height + h) * d.out_width + w) * d.out_channels;
-        const int64_t line = d.out_width * d.out_channels;
+        const int64_t image = at.row / d.tile_rows, h = at.row % d.tile_rows * kOut + d.out_top, w = at.column * kOut + d.out_left;
+        const int64_t corner = ((image * d.out_height + h) * d.out_width + w) * d.out_channels, line = d.out_width * d.out_channels;
         const auto give = [&](const auto& to) BNFAST_INLINE_LAMBDA {
           for (int64_t b = 0; b < width; ++b) {
             const int64_t k = (block + b) * kBlock;
             const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
             for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
             const float* m = products + t * panel_columns + b * kBlock;
-            if (k + kBlock <= d.out_channels) output_tile(m, panel_matrix, bias, to, k, Whole{});
-            else output_tile(m, panel_matrix, bias, to, k, First{d.out_channels - k});
+            if (k + kBlock <= d.out_channels) output_tile(m, out_places, bias, to, k, Whole{});
+            else output_tile(m, out_places, bias, to, k, First{d.out_channels - k});
           }
         };
-        if (h + kWinogradTile <= d.out_height && w + kWinogradTile <= d.out_width) {
-          give(WholeTile<float, 4>{{y, y + line, y + 2 * line, y + 3 * line}, d.out_channels});
+        if (h >= 0 && w >= 0 && h + kOut <= d.out_height && w + kOut <= d.out_width) {
+          WholeTile<float, kOut> to = {{}, d.out_channels};
+          for (int i = 0; i < kOut; ++i) to.row[i] = d.y + corner + i * line;
+          give(to);
         } else {
-          TornTile<float, 4> to;
-          for (int64_t i = 0; i < 4; ++i) {
-            for (int64_t j = 0; j < 4; ++j) {
-              const bool inside = h + i < d.out_height && w + j < d.out_width;
-              to.place[i * 4 + j] = inside ? y + i * line + j * d.out_channels : nullptr;
+          TornTile<float, kOut> to;
+          for (int64_t i = 0; i < kOut; ++i) {
+            for (int64_t j = 0; j < kOut; ++j) {
+              const bool inside = h + i >= 0 && w + j >= 0 && h + i < d.out_height && w + j < d.out_width;
+              to.place[i * kOut + j] = inside ? d.y + corner + i * line + j * d.out_channels : nullptr;
             }
           }
           give(to);
@@ -280,6 +388,8 @@ inline void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end
   }
 }
 
-constexpr WinogradKernels winograd_kernels() { return {winograd_tile_rows}; }
+constexpr WinogradKernels winograd_kernels() {
+  return {winograd_tile_rows<Same>, winograd_tile_rows<Halved>, winograd_tile_rows<Doubled>};
+}
 
 }  // namespace bnfast::BNFAST_NAMESPACE
