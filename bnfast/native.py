@@ -63,7 +63,7 @@ def _pooled(kernel):
 @_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = _winograd_weight(weight, stride)
+        turned = _winograd_weight(weight, stride, x.dtype)
         return torch.ops.bnfast.winograd_conv.default(
             x, turned, bias, weight.shape[0], padding, stride[0]
         )
@@ -127,24 +127,22 @@ def _tuned(way, pays, x, weight, output, geometry):
     return pays if found is None else found == way
 
 
-def _winograd_weight(weight, stride):
+def _winograd_weight(weight, stride, dtype):
+    """For an input of this dtype, to which the weight is rounded."""
     return weights.transformed(
-        weight, _WINOGRAD_FORMS[stride[0]], lambda w: winograd.transformed_weight(w, stride[0])
+        weight,
+        ("winograd", stride[0], dtype),
+        lambda w: winograd.transformed_weight(w.to(dtype), stride[0]),
     )
 
 
-def _rotated_winograd_weight(weight, stride):
+def _rotated_winograd_weight(weight, stride, dtype):
     """Of the data gradient: a convolution with the kernel rotated and its channels exchanged."""
     return weights.transformed(
         weight,
-        _ROTATED_WINOGRAD_FORMS[stride[0]],
-        lambda w: winograd.transformed_weight(w.flip(2, 3).transpose(0, 1), stride[0]),
+        ("winograd rotated", stride[0], dtype),
+        lambda w: winograd.transformed_weight(w.to(dtype).flip(2, 3).transpose(0, 1), stride[0]),
     )
-
-
-# By the stride.
-_WINOGRAD_FORMS = {1: "winograd", 2: "winograd strided"}
-_ROTATED_WINOGRAD_FORMS = {1: "winograd rotated", 2: "winograd strided rotated"}
 
 
 def _pointwise_weight(weight):
@@ -182,7 +180,7 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
-    turned = _winograd_weight(weight, stride)
+    turned = _winograd_weight(weight, stride, x.dtype)
     return torch.ops.bnfast.winograd_fwd_apply.default(
         x, *norm, turned, bias, weight.shape[0], padding, stride[0]
     )
@@ -194,7 +192,7 @@ def joins_units():
 
 
 def fuses_chain(x, weight, stride, padding, dilation, groups):
-    """See reference.fuses_chain: float32 convolutions in channels_last that are ours in both directions. Captured graphs run unit by
+    """See reference.fuses_chain: convolutions in channels_last that are ours in both directions. Captured graphs run unit by
     unit."""
     return _chains and _joins(x, weight, stride, padding, dilation, groups)
 
@@ -236,7 +234,7 @@ def _conv_fwd_reduce_joined(
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
-    turned = _winograd_weight(weight, stride)
+    turned = _winograd_weight(weight, stride, x.dtype)
     return torch.ops.bnfast.winograd_fwd_reduce.default(
         x, *norm, turned, bias, count, padding, stride[0], *stats
     )
@@ -259,7 +257,7 @@ def bn_bwd_apply_conv_dgrad_reduce(
             dy, *state, above_act, above_slope, packed, channels, *rest
         )
     else:
-        turned = _rotated_winograd_weight(weight, stride)
+        turned = _rotated_winograd_weight(weight, stride, dy.dtype)
         dx, *sums = torch.ops.bnfast.winograd_dgrad_reduce.default(
             dy,
             *state,
@@ -295,7 +293,7 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if layout == torch.channels_last and _dgrad_runs_as_winograd(
         dz, weight, input_size, stride, padding, dilation, groups
     ):
-        turned = _rotated_winograd_weight(weight, stride)
+        turned = _rotated_winograd_weight(weight, stride, dz.dtype)
         dx = torch.ops.bnfast.winograd_dgrad.default(
             dz, turned, weight.shape[1], input_size, padding, stride[0]
         )
@@ -381,10 +379,10 @@ def max_pool(y, kernel, stride, padding):
 
 
 def joins_pool(x):
-    """See reference.joins_pool: float32 in channels_last."""
+    """See reference.joins_pool: float32 and bfloat16 in channels_last."""
     return (
         _chains
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and _is_eager(x)
         and _memory_format(x) == torch.channels_last
     )

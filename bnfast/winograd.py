@@ -36,6 +36,19 @@ _G = {
 _LANES = 16
 # Places that are computed over those that exist, by the stride; the form is no gain beyond it.
 _MOST_WASTE = {1: 2.0, 2: 1.4}
+
+
+def _bf16_limits() -> dict[int, float]:
+    """_MOST_WASTE in bfloat16. The form is computed in float32; a processor that multiplies bfloat16 makes the direct form twice as fast
+    (AVX512_BF16), or many times (AMX)."""
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return {1: 0.0, 2: 0.0}
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return {1: 1.4, 2: 0.0}
+    return _MOST_WASTE
+
+
+_MOST_WASTE_BF16 = _bf16_limits()
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
@@ -77,8 +90,8 @@ def can_serve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> bool:
-    """Whether the form gives the convolution of x [N, C, H, W]: float32, 3x3 kernels, stride 1 or 2, one group. Not where PyTorch is told
-    that convolutions are to be exact: torch.backends.mkldnn.conv.fp32_precision = "ieee", where it has that."""
+    """Whether the form gives the convolution of x [N, C, H, W]: float32 or bfloat16, 3x3 kernels, stride 1 or 2, one group. Not where
+    PyTorch is told that float32 convolutions are to be exact: torch.backends.mkldnn.conv.fp32_precision = "ieee", where it has that."""
     # Spelled out, as it is asked for at every call of most units. Where nothing fits the stock convolution says what is wrong.
     if not can_serve_dgrad(x, kernel, stride, padding, dilation, groups):
         return False
@@ -95,11 +108,11 @@ def can_serve_dgrad(
     groups: int,
 ) -> bool:
     """As can_serve, of the data gradient for dz [N, K, OH, OW]."""
-    if groups != 1 or dz.dtype != torch.float32 or kernel != (3, 3) or tuple(dilation) != (1, 1):
+    if groups != 1 or kernel != (3, 3) or tuple(dilation) != (1, 1):
         return False
     if tuple(stride) not in ((1, 1), (2, 2)) or min(padding) < 0:
         return False
-    return _conv_precision() != "ieee"
+    return dz.dtype == torch.bfloat16 or (dz.dtype == torch.float32 and _conv_precision() != "ieee")
 
 
 def serves(
@@ -115,7 +128,7 @@ def serves(
     """Whether the convolution of x [N, C, H, W] with K = out_channels and 3x3 kernels runs in this form by the fixed rule.
 
     Where it can it pays from 16 channels on, where tiles are not mostly outside of the output, and with vectors of 256 bits or
-    more. BNFAST_WINOGRAD=0 turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
+    more; in bfloat16 where the processor does not multiply that so much faster. BNFAST_WINOGRAD=0 turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
     """
     if mode == "0" or not can_serve(x, kernel, stride, padding, dilation, groups):
         return False
@@ -123,7 +136,7 @@ def serves(
         return True
     (_, channels, height, width), (top, left), step = x.shape, padding, stride[0]
     height, width = (height + 2 * top - 3) // step + 1, (width + 2 * left - 3) // step + 1
-    return _pays(channels, out_channels, height, width, step, capability)
+    return _pays(x.dtype, channels, out_channels, height, width, step, capability)
 
 
 def serves_dgrad(
@@ -144,13 +157,18 @@ def serves_dgrad(
         return True
     # A tile of stride 2 has 4 x 4 places of dz.
     height, width = input_size if stride[0] == 1 else dz.shape[2:]
-    return _pays(dz.shape[1], in_channels, height, width, stride[0], capability)
+    return _pays(dz.dtype, dz.shape[1], in_channels, height, width, stride[0], capability)
 
 
 def _pays(
-    channels: int, out_channels: int, height: int, width: int, stride: int, capability: str
+    dtype: torch.dtype,
+    channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    stride: int,
+    capability: str,
 ) -> bool:
     waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
-    return (
-        channels >= 16 <= out_channels and waste <= _MOST_WASTE[stride] and capability != "baseline"
-    )
+    most = _MOST_WASTE_BF16 if dtype == torch.bfloat16 else _MOST_WASTE
+    return channels >= 16 <= out_channels and waste <= most[stride] and capability != "baseline"

@@ -122,7 +122,7 @@ def assert_close_as_winograd(
     actual: Tensor, oracle64: Tensor, stock_list: Sequence[Tensor], what: str
 ) -> None:
     """The rule for a convolution in Winograd's form, which rounds more than the direct one: error over result at most 5e-6 in
-    the 2-norm and 2e-5 in the largest element, or 8 times the worst stock path's, whichever is larger. NaN fails."""
+    the 2-norm and 2e-5 in the largest element, or 8 times (in bfloat16 3 times) the worst stock path's, whichever is larger. NaN fails."""
     assert actual.shape == oracle64.shape, (
         f"{what}: shape {tuple(actual.shape)}, the oracle has {tuple(oracle64.shape)}"
     )
@@ -135,5 +135,6 @@ def assert_close_as_winograd(
             torch.linalg.vector_norm(_float64(t) - oracle, order) / size
             for t in (actual, *stock_list)
         )
-        allowed = max([bound] + [8 * float(s) for s in stock])
+        times = 3 if actual.dtype == torch.bfloat16 else 8
+        allowed = max([bound] + [times * float(s) for s in stock])
         assert error <= allowed, f"{what}: {name} of the error {error:.2e}, allowed {allowed:.2e}"

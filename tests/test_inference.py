@@ -35,21 +35,22 @@ def channels_last(*size: int) -> torch.Tensor:
     act=st.sampled_from(reference.ACTS),
     has_residual=st.booleans(),
     has_affine=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
 def test_one_pass_is_both_phases_to_the_bit(
-    monkeypatch, batch, channels, out_channels, height, width, kernel, stride, act, has_residual, has_affine, threads, seed
+    monkeypatch, batch, channels, out_channels, height, width, kernel, stride, act, has_residual, has_affine, dtype, threads, seed
 ):  # fmt: skip
     monkeypatch.setattr(winograd, "mode", "1")
     monkeypatch.setattr(pointwise, "mode", "1")
     torch.manual_seed(seed)
-    x, weight = channels_last(batch, channels, height, width), torch.randn(out_channels, channels, kernel, kernel)  # fmt: skip
+    x, weight = channels_last(batch, channels, height, width).to(dtype), torch.randn(out_channels, channels, kernel, kernel)  # fmt: skip
     geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], 1)
     conv = (weight, torch.randn(out_channels), *geometry)
     mean, rstd, gamma, beta = torch.rand(4, out_channels) + 0.5
     plane = [(n - 1) // stride + 1 for n in (height, width)]
-    residual = channels_last(batch, out_channels, *plane) if has_residual else None
+    residual = channels_last(batch, out_channels, *plane).to(dtype) if has_residual else None
     affine = (gamma, beta) if has_affine else (None, None)
     norm = (mean, rstd, *affine, residual, act, 0.1)
     before = torch.get_num_threads()

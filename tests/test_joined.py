@@ -28,8 +28,8 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(pointwise, "mode", "1")
 
 
-def last(*size: int, mean: float = 0.0) -> torch.Tensor:
-    return (torch.randn(size) + mean).contiguous(memory_format=torch.channels_last)
+def last(*size: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(size) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def norm(channels: int) -> Norm:
@@ -55,6 +55,7 @@ SIZES = dict(
     width=st.sampled_from([2, 3, 4, 7, 8, 13, 16, 29]),
     kernel=st.sampled_from([(1, 1), (3, 1), (3, 2)]),
     pad=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 MANY = settings(
@@ -74,6 +75,11 @@ LARGE = [
     ((3, 40, 15, 150), 16, (3, 2)),
     ((2, 200, 14, 12), 300, (3, 2)),
 ]
+
+
+def is_ours(kernel: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the convolution is joined: products of 1x1 convolutions are float32 alone."""
+    return kernel[0] == 3 or dtype == torch.float32
 
 
 def geometry(kernel: tuple[int, int], pad: int) -> tuple:
@@ -97,8 +103,10 @@ def check_moments(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> No
     torch.testing.assert_close(rstd.double(), exact, rtol=2e-5, atol=0)
 
 
-def check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias) -> None:
-    z = last(*size, mean=2)
+def check_forward(
+    size, out_channels, kernel, pad, act, has_norm, has_bias, dtype=torch.float32
+) -> None:
+    z = last(*size, mean=2, dtype=dtype)
     own = norm(size[1]) if has_norm else None
     weight = frozen(out_channels, size[1], kernel[0])
     bias = torch.randn(out_channels) if has_bias else None
@@ -114,43 +122,46 @@ def check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias) -> N
 @MANY
 @given(act=st.sampled_from(reference.ACTS), has_norm=st.booleans(), has_bias=st.booleans(), **SIZES)
 def test_forward_on_random_shapes(
-    batch, channels, out_channels, height, width, kernel, pad, seed, act, has_norm, has_bias
+    batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, has_norm, has_bias
 ):
-    if min(output_size(s, kernel, pad) for s in (height, width)) < 1:
+    if min(output_size(s, kernel, pad) for s in (height, width)) < 1 or not is_ours(kernel, dtype):
         return
     torch.manual_seed(seed)
     size = (batch, channels, height, width)
-    check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias)
+    check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias, dtype)
 
 
 def check_backward(
-    size, out_channels, kernel, pad, act, below_act, has_above, has_add, kind, beside
-):
+    size, out_channels, kernel, pad, act, below_act, has_above, has_add, kind, beside,
+    dtype=torch.float32,
+):  # fmt: skip
     """size: of the input of the convolution forward. kind: of the unit below: "none", "from z" or "bits"."""
     batch, channels, height, width = size
     weight = frozen(out_channels, channels, kernel[0])
     conv = (weight, [height, width], *geometry(kernel, pad))
     out = (batch, out_channels, *(output_size(s, kernel, pad) for s in (height, width)))
-    dy = last(*out)
+    dy = last(*out, dtype=dtype)
     above = None
     dz = dy
     if has_above:
         own = norm(out_channels)
         sums = (torch.randn(out_channels) * 3, torch.randn(out_channels) * 3)
-        above = Above(last(*out, mean=2), *own, *sums)
+        above = Above(last(*out, mean=2, dtype=dtype), *own, *sums)
         dz, _ = native.bn_bwd_apply(dy, above.z, *own, None, None, *sums, act, 0.1, False)
-    add = last(*size) if has_add else None
-    z = last(*size, mean=2)
+    add = last(*size, dtype=dtype) if has_add else None
+    z = last(*size, mean=2, dtype=dtype)
     own = norm(channels)
     below = bits = by = None
     if kind == "bits":
         if below_act not in reference.BIT_ACTS:
             below_act = "relu"
-        _, bits = native.bn_fwd_apply(z, *own, last(*size), below_act, 0.1, True)
+        residual = last(*size, dtype=dtype)
+        _, bits = native.bn_fwd_apply(z, *own, residual, below_act, 0.1, True)
     if kind != "none":
         below = Below(z, bits, *own)
         if beside and (bits is not None or below_act == "identity"):
-            by = Beside(last(*size, mean=-1), torch.randn(channels) - 1, torch.rand(channels) + 0.5)
+            z_beside = last(*size, mean=-1, dtype=dtype)
+            by = Beside(z_beside, torch.randn(channels) - 1, torch.rand(channels) + 0.5)
     dx, found, found_beside = native.bn_bwd_apply_conv_dgrad_reduce(
         dy, above, act, 0.1, None, "identity", 0.0, *conv, add, below, below_act, 0.1, by
     )
@@ -196,15 +207,15 @@ def check_sums(dx, sums, unit, act) -> None:
     **SIZES,
 )
 def test_backward_on_random_shapes(
-    batch, channels, out_channels, height, width, kernel, pad, seed, act, below_act, has_above,
+    batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, below_act, has_above,
     has_add, kind, beside,
 ):  # fmt: skip
-    if min(output_size(s, kernel, pad) for s in (height, width)) < 1:
+    if min(output_size(s, kernel, pad) for s in (height, width)) < 1 or not is_ours(kernel, dtype):
         return
     torch.manual_seed(seed)
     check_backward(
         (batch, channels, height, width), out_channels, kernel, pad, act, below_act, has_above,
-        has_add, kind, beside,
+        has_add, kind, beside, dtype,
     )  # fmt: skip
 
 
@@ -213,6 +224,10 @@ def test_backward_on_random_shapes(
 def test_several_units_of_work(size, out_channels, kernel, threads):
     torch.set_num_threads(threads)
     check_forward(size, out_channels, kernel, 1, "relu", True, False)
+    if is_ours(kernel, torch.bfloat16):
+        args = (size, out_channels, kernel, 1)
+        check_forward(*args, "silu", True, True, torch.bfloat16)
+        check_backward(*args, "relu", "relu6", True, True, "bits", True, torch.bfloat16)
     check_backward(
         size, out_channels, kernel, 1, "silu", "relu", True, True, "bits", size[1] % 2 == 0
     )

@@ -41,6 +41,7 @@ SIZES = dict(
     stride=st.sampled_from([1, 2]),
     mean=st.sampled_from([0.0, 3.0, -100.0]),
     has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 
@@ -53,17 +54,28 @@ SIZES = dict(
 )
 @given(**SIZES)
 def test_both_directions_on_random_shapes(
-    everywhere, batch, channels, out_channels, height, width, padding, stride, mean, has_bias, seed
+    everywhere,
+    batch,
+    channels,
+    out_channels,
+    height,
+    width,
+    padding,
+    stride,
+    mean,
+    has_bias,
+    dtype,
+    seed,
 ):
     if height + 2 * padding[0] < 3 or width + 2 * padding[1] < 3:
         return
     torch.manual_seed(seed)
     geometry = ([stride, stride], list(padding), ONES, 1)
     x, weight = (
-        channels_last(batch, channels, height, width, mean=mean),
-        frozen(out_channels, channels),
+        channels_last(batch, channels, height, width, mean=mean).to(dtype),
+        frozen(out_channels, channels).to(dtype),
     )
-    bias = torch.randn(out_channels) if has_bias else None
+    bias = torch.randn(out_channels).to(dtype) if has_bias else None
     wide = x.double().requires_grad_()
     oracle = F.conv2d(
         wide, weight.double(), None if bias is None else bias.double(), stride, padding
@@ -75,7 +87,7 @@ def test_both_directions_on_random_shapes(
         assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close_as_winograd(y, oracle.detach(), [stock.detach()], "y")
 
-    dz = channels_last(*oracle.shape)
+    dz = channels_last(*oracle.shape).to(dtype)
     (dx_oracle,) = torch.autograd.grad(oracle, wide, dz.double())
     (dx_stock,) = torch.autograd.grad(stock, stock_x, dz)
     dx = native.conv_dgrad(dz, weight, [height, width], *geometry)
@@ -160,7 +172,15 @@ def test_the_choice(monkeypatch):
     monkeypatch.setattr(winograd, "mode", "")
     x = torch.empty(2, 32, 8, 8)
     assert serves(x)
-    assert not serves(x.double()) and not serves(x.bfloat16())
+    assert not serves(x.double()) and not serves(x.half())
+    for amx, bf16, expected in (
+        (False, False, (True, True)), (False, True, (True, False)), (True, True, (False, False)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(winograd, "_MOST_WASTE_BF16", winograd._bf16_limits())
+        assert tuple(serves(x.bfloat16(), stride=(s, s)) for s in (1, 2)) == expected
+        assert serves(x) and serves(x, stride=(2, 2))
     assert not serves(x, kernel=(1, 3)) and not serves(x, dilation=(1, 2))
     assert (
         serves(x, stride=(2, 2)) and not serves(x, stride=(1, 2)) and not serves(x, stride=(3, 3))

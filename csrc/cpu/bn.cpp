@@ -561,19 +561,20 @@ std::tuple<Tensor, Tensor> bn_fwd_reduce_behind(const Tensor& z, const PixelUnit
 
 namespace {
 
-// float32 pixels in channels_last, which is what z must be in.
+// Pixels in channels_last, which is what z must be in.
 Layout pixel_layout(const Tensor& z) {
   const Layout l = layout_of(z);
-  TORCH_CHECK(z.scalar_type() == at::kFloat && l.rows && l.inner == 1, "bnfast: z is ", z.scalar_type(), " ", z.sizes(),
-              " of strides ", z.strides(), "; float32 in channels_last is needed");
+  TORCH_CHECK((z.scalar_type() == at::kFloat || z.scalar_type() == at::kBFloat16) && l.rows && l.inner == 1, "bnfast: z is ",
+              z.scalar_type(), " ", z.sizes(), " of strides ", z.strides(), "; float32 or bfloat16 in channels_last is needed");
   return l;
 }
 
-// A kernel reads and writes element e at its tensor + e; here element `begin` lies at `at`.
-const void* at_element(const float* at, int64_t begin) {
-  return reinterpret_cast<const char*>(at) - begin * static_cast<int64_t>(sizeof(float));
+// A kernel reads and writes element e of a tensor like z; here element `begin` lies at `at`.
+const void* at_element(const void* at, int64_t begin, const Tensor& z) { return static_cast<const char*>(at) - begin * z.element_size(); }
+void* at_element(void* at, int64_t begin, const Tensor& z) { return static_cast<char*>(at) - begin * z.element_size(); }
+const void* element(const void* tensor, int64_t index, const Tensor& z) {
+  return static_cast<const char*>(tensor) + index * z.element_size();
 }
-void* shifted(float* to, int64_t begin) { return const_cast<void*>(at_element(to, begin)); }
 
 }  // namespace
 
@@ -593,14 +594,15 @@ Normalised::Normalised(const Tensor& z_in, const OptionalTensor& mean, const Opt
 }
 Normalised::~Normalised() = default;
 int64_t Normalised::granularity() const { return state_->layout.length / state_->layout.channels; }
-void Normalised::write(int64_t begin, int64_t end, float* to) const {
+int64_t Normalised::element_bytes() const { return state_->z.element_size(); }
+void Normalised::write(int64_t begin, int64_t end, void* to) const {
   const int64_t channels = state_->layout.channels;
   BnTensors t = state_->tensors;
-  t.out = shifted(to, begin * channels);
+  t.out = at_element(to, begin * channels, state_->z);
   state_->kernels.fwd_apply_rows(t, {state_->layout.length, begin * channels, end * channels});
 }
-const float* Normalised::reads(int64_t begin) const {
-  return static_cast<const float*>(state_->tensors.z) + begin * state_->layout.channels;
+const void* Normalised::reads(int64_t begin) const {
+  return element(state_->tensors.z, begin * state_->layout.channels, state_->z);
 }
 
 struct AppliedBehind::State {
@@ -623,7 +625,7 @@ AppliedBehind::AppliedBehind(Tensor& y, const Tensor& mean, const Tensor& rstd, 
 }
 AppliedBehind::~AppliedBehind() = default;
 int64_t AppliedBehind::granularity() const { return state_->layout.length / state_->layout.channels; }
-std::array<const float*, 3> AppliedBehind::reads() const { return {static_cast<const float*>(state_->tensors.residual)}; }
+std::array<const void*, 3> AppliedBehind::reads() const { return {state_->tensors.residual}; }
 void AppliedBehind::take(int64_t begin, int64_t end) const {
   const Layout& l = state_->layout;
   state_->kernels.fwd_apply_rows(state_->tensors, {l.length, begin * l.channels, end * l.channels});
@@ -696,7 +698,7 @@ struct Sums {
   }
 };
 
-using MakeDy = c10::function_ref<const float*(int64_t begin, int64_t end)>;
+using MakeDy = c10::function_ref<const void*(int64_t begin, int64_t end)>;
 
 // make, where given, makes the pixels of dy.
 template <class A>
@@ -712,7 +714,7 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd, const M
     for_units(units.units(), [&](int64_t u) {
       const RowSpan span = units.span(u);
       BnTensors t = b.tensors;
-      if (make) t.dy = at_element((*make)(span.begin / l.channels, ceil_div(span.end, l.channels)), span.begin);
+      if (make) t.dy = at_element((*make)(span.begin / l.channels, ceil_div(span.end, l.channels)), span.begin, b.z);
       kernels.bwd_reduce_rows(t, span, first + u * l.length, second + u * l.length);
     });
     for_partials<A>(l, units, partials, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
@@ -865,19 +867,17 @@ class DzRows final : public PixelSource {
  public:
   explicit DzRows(const Backward& b) : b_(b), kernel_(kernels_for(b.z).bwd_apply_rows) {}
   int64_t granularity() const override { return b_.layout.length / b_.layout.channels; }
-  void write(int64_t begin, int64_t end, float* to) const override {
+  int64_t element_bytes() const override { return b_.z.element_size(); }
+  void write(int64_t begin, int64_t end, void* to) const override {
     BnTensors t = b_.tensors;
     const RowSpan span = {b_.layout.length, begin * b_.layout.channels, end * b_.layout.channels};
-    t.out = shifted(to, span.begin);
+    t.out = at_element(to, span.begin, b_.z);
     kernel_(t, span);
   }
-  const float* reads(int64_t begin) const override { return at(b_.tensors.dy, begin); }
-  const float* reads_too(int64_t begin) const override { return at(b_.tensors.z, begin); }
+  const void* reads(int64_t begin) const override { return element(b_.tensors.dy, begin * b_.layout.channels, b_.z); }
+  const void* reads_too(int64_t begin) const override { return element(b_.tensors.z, begin * b_.layout.channels, b_.z); }
 
  private:
-  const float* at(const void* tensor, int64_t begin) const {
-    return static_cast<const float*>(tensor) + begin * b_.layout.channels;
-  }
   const Backward& b_;
   void (*kernel_)(const BnTensors&, RowSpan);
 };
@@ -919,9 +919,10 @@ Dz::Dz(const Tensor& dy, const Tensor& z_in, const Tensor& mean, const Tensor& r
 }
 Dz::~Dz() = default;
 int64_t Dz::granularity() const { return state_->rows.granularity(); }
-void Dz::write(int64_t begin, int64_t end, float* to) const { state_->rows.write(begin, end, to); }
-const float* Dz::reads(int64_t begin) const { return state_->rows.reads(begin); }
-const float* Dz::reads_too(int64_t begin) const { return state_->rows.reads_too(begin); }
+int64_t Dz::element_bytes() const { return state_->rows.element_bytes(); }
+void Dz::write(int64_t begin, int64_t end, void* to) const { state_->rows.write(begin, end, to); }
+const void* Dz::reads(int64_t begin) const { return state_->rows.reads(begin); }
+const void* Dz::reads_too(int64_t begin) const { return state_->rows.reads_too(begin); }
 
 struct BehindDgrad::State {
   Tensor dx, add, z, z_beside, parameters, mean_beside, rstd_below, rstd_beside, partials;
@@ -968,20 +969,20 @@ BehindDgrad::BehindDgrad(Tensor& dx, const OptionalTensor& add, const BelowUnit&
     check_vector(below.mean_beside, dx, "mean_beside");
     check_vector(below.rstd_beside, dx, "rstd_beside");
     const ChannelVector<float> mean(below.mean_beside);
-    s.mean_beside = at::empty({s.units.length}, dx.options().memory_format(at::MemoryFormat::Contiguous));
+    s.mean_beside = at::empty({s.units.length}, at::kFloat);
     t.mean_beside = lay_out(s.layout, s.mean_beside.mutable_data_ptr<float>(), [&](int64_t c) { return mean.values[c]; });
     s.rstd_beside = *below.rstd_beside;
   }
-  s.partials = at::empty({s.units.units(), 3, s.units.length}, dx.options().memory_format(at::MemoryFormat::Contiguous));
+  s.partials = at::empty({s.units.units(), 3, s.units.length}, at::kFloat);
 }
 BehindDgrad::~BehindDgrad() = default;
 int64_t BehindDgrad::units() const { return state_->units.units(); }
 int64_t BehindDgrad::granularity() const { return state_->units.length / state_->layout.channels; }
 int64_t BehindDgrad::begin(int64_t unit) const { return state_->units.borders[unit] / state_->layout.channels; }
 int64_t BehindDgrad::end(int64_t unit) const { return begin(unit + 1); }
-std::array<const float*, 3> BehindDgrad::reads() const {
+std::array<const void*, 3> BehindDgrad::reads() const {
   const BnTensors& t = state_->tensors;
-  return {static_cast<const float*>(t.z), static_cast<const float*>(t.add), static_cast<const float*>(t.z_beside)};
+  return {t.z, t.add, t.z_beside};
 }
 
 void BehindDgrad::take(int64_t unit, int64_t first, int64_t last) const {
@@ -997,8 +998,7 @@ void BehindDgrad::take(int64_t unit, int64_t first, int64_t last) const {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> BehindDgrad::sums() const {
   const State& s = *state_;
-  const auto options = s.dx.options().memory_format(at::MemoryFormat::Contiguous);
-  const auto none = [&] { return at::empty({0}, options); };
+  const auto none = [&] { return at::empty({0}, at::kFloat); };
   if (!s.z.defined()) return {none(), none(), none(), none()};
   const int64_t channels = s.layout.channels, length = s.units.length;
   std::vector<double> sums(3 * channels, 0.0);
@@ -1010,7 +1010,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> BehindDgrad::sums() const {
     }
   }
   const auto vector = [&](int64_t i, const Tensor& rstd_of) {
-    Tensor result = at::empty({channels}, options);
+    Tensor result = at::empty({channels}, at::kFloat);
     const OptionalTensor given = rstd_of.defined() ? OptionalTensor(rstd_of) : std::nullopt;
     const ChannelVector<float> rstd(given);
     float* to = result.mutable_data_ptr<float>();

@@ -1,5 +1,5 @@
-// The BatchNorm phases for convolutions that run around them piece by piece, while a piece is in the cache (bn.cpp). float32 in
-// channels_last: a pixel is C neighbouring elements, pixels are counted over n and the plane.
+// The BatchNorm phases for convolutions that run around them piece by piece, while a piece is in the cache (bn.cpp). float32 or bfloat16
+// in channels_last: a pixel is C neighbouring elements, pixels are counted over n and the plane.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,9 +38,10 @@ class Normalised final : public PixelSource {
              const OptionalTensor& beta, c10::string_view act, double slope);
   ~Normalised();
   int64_t granularity() const override;
-  void write(int64_t begin, int64_t end, float* to) const override;
-  const float* reads(int64_t begin) const override;
-  const float* reads_too(int64_t) const override { return nullptr; }
+  int64_t element_bytes() const override;
+  void write(int64_t begin, int64_t end, void* to) const override;
+  const void* reads(int64_t begin) const override;
+  const void* reads_too(int64_t) const override { return nullptr; }
 
  private:
   struct State;
@@ -55,7 +56,7 @@ class AppliedBehind {
                 const OptionalTensor& residual, c10::string_view act, double slope, const PixelUnits* units);
   ~AppliedBehind();
   int64_t granularity() const;                 // pixels
-  std::array<const float*, 3> reads() const;   // the residual, if there is one
+  std::array<const void*, 3> reads() const;   // the residual, if there is one
   void take(int64_t begin, int64_t end) const;
   void take_all() const;
 
@@ -71,9 +72,10 @@ class Dz final : public PixelSource {
      const OptionalTensor& beta, const at::Tensor& dgamma, const at::Tensor& dbeta, c10::string_view act, double slope);
   ~Dz();
   int64_t granularity() const override;
-  void write(int64_t begin, int64_t end, float* to) const override;
-  const float* reads(int64_t begin) const override;
-  const float* reads_too(int64_t begin) const override;
+  int64_t element_bytes() const override;
+  void write(int64_t begin, int64_t end, void* to) const override;
+  const void* reads(int64_t begin) const override;
+  const void* reads_too(int64_t begin) const override;
 
  private:
   struct State;
@@ -100,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_bwd_before(
 std::tuple<at::Tensor, at::Tensor> bn_bwd_reduce_of(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd,
                                                     const OptionalTensor& gamma, const OptionalTensor& beta, c10::string_view act,
                                                     double slope,
-                                                    c10::function_ref<const float*(int64_t begin, int64_t end)> make);
+                                                    c10::function_ref<const void*(int64_t begin, int64_t end)> make);
 
 // A unit whose output's gradient a data gradient dx is, and the unit without activation that is its residual: Below and Beside of
 // bnfast/reference.py, each absent without its z.
@@ -120,7 +122,7 @@ class BehindDgrad {
   int64_t units() const;
   int64_t begin(int64_t unit) const;   // pixels
   int64_t end(int64_t unit) const;
-  std::array<const float*, 3> reads() const;   // what it reads beside dx, null where there is no such tensor
+  std::array<const void*, 3> reads() const;   // what it reads beside dx, null where there is no such tensor
   int64_t granularity() const;         // pixels: what is taken begins at a multiple of it
   // Takes the pixels [first, last) of a unit, which have been written: the unit from its beginning to its end by one thread.
   void take(int64_t unit, int64_t first, int64_t last) const;

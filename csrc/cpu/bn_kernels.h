@@ -367,19 +367,20 @@ void bwd_reduce_planes(const BnTensors& t, PlaneSpan span, void* sum_db, void* s
 // ---- bn_bwd_reduce behind a data gradient ---------------------------------------------------------------------------
 
 // [dy is in the cache; read z (, add, z_beside, 1 bit), write dy where it changes]
-inline void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
+template <class T>
+void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
   using B = Block<float>;
   const int64_t length = span.length;
-  const float *z = static_cast<const float*>(t.z), *more = static_cast<const float*>(t.add);
-  const float *beside = static_cast<const float*>(t.z_beside), *mean_beside = static_cast<const float*>(t.mean_beside);
-  float* dy = static_cast<float*>(t.out);
-  const Channel<float, true> channel(t, 0);
+  const T *z = static_cast<const T*>(t.z), *more = static_cast<const T*>(t.add), *beside = static_cast<const T*>(t.z_beside);
+  const float* mean_beside = static_cast<const float*>(t.mean_beside);
+  T* dy = static_cast<T*>(t.out);
+  const Channel<T, true> channel(t, 0);
   const bool is_masked = t.slope_from == Slope::kFromBits;
-  with_gradient<float>(t, [&](auto gradient) {
+  with_gradient<T>(t, [&](auto gradient) {
     const auto run = [&](auto has_add, auto has_bits, auto has_beside) {
       const auto add = [&](int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
         B given = load(dy + e + j, lanes);
-        if constexpr (has_add) given = given + load(more + e + j, lanes);
+        if constexpr (has_add) given = rounded_to<T>(given + load(more + e + j, lanes));
         const B zb = load(z + e + j, lanes);
         const B db = gradient(channel, zb, given, e, j, lanes, e / kBlock);
         if constexpr (has_bits) store(dy + e + j, db, lanes);
@@ -412,9 +413,10 @@ inline void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
   });
 }
 
-inline void add_rows(const BnTensors& t, RowSpan span) {
-  const float* more = static_cast<const float*>(t.add);
-  float* dy = static_cast<float*>(t.out);
+template <class T>
+void add_rows(const BnTensors& t, RowSpan span) {
+  const T* more = static_cast<const T*>(t.add);
+  T* dy = static_cast<T*>(t.out);
   for_blocks(span.end - span.begin, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
     const int64_t at = span.begin + j;
     store(dy + at, load(dy + at, lanes) + load(more + at, lanes), lanes);
@@ -484,9 +486,14 @@ void se_reduce_planes(const BnTensors& t, PlaneSpan span, void* sums_out) {
 
 template <class T>
 constexpr BnKernels bn_kernels() {
-  return {fwd_reduce_rows<T>, fwd_reduce_planes<T>, fwd_apply<T, RowSpan>, fwd_apply<T, PlaneSpan>,
-          bwd_reduce_rows<T>, bwd_reduce_planes<T>, bwd_join_rows, add_rows, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>,
-          se_reduce_pixels<T>, se_reduce_planes<T>};
+  BnKernels kernels = {fwd_reduce_rows<T>, fwd_reduce_planes<T>, fwd_apply<T, RowSpan>, fwd_apply<T, PlaneSpan>,
+                       bwd_reduce_rows<T>, bwd_reduce_planes<T>, nullptr, nullptr, bwd_apply<T, RowSpan>, bwd_apply<T, PlaneSpan>,
+                       se_reduce_pixels<T>, se_reduce_planes<T>};
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+    kernels.bwd_join_rows = bwd_join_rows<T>;
+    kernels.add_rows = add_rows<T>;
+  }
+  return kernels;
 }
 
 }  // namespace bnfast::BNFAST_NAMESPACE

@@ -16,7 +16,7 @@ struct Capability {
   BnKernels bn[static_cast<int>(Dtype::kCount)];
   DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
   MaxPoolKernels max_pool[static_cast<int>(Dtype::kCount)];
-  WinogradKernels winograd;     // float32
+  WinogradKernels winograd[static_cast<int>(Dtype::kCount)];
   PointwiseKernels pointwise;   // float32
 };
 

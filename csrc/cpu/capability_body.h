@@ -15,7 +15,7 @@ const Capability capability = {
     {bn_kernels<float>(), bn_kernels<double>(), bn_kernels<bf16>(), bn_kernels<f16>()},
     {depthwise_kernels<float>(), depthwise_kernels<double>(), depthwise_kernels<bf16>(), depthwise_kernels<f16>()},
     {max_pool_kernels<float>(), max_pool_kernels<double>(), max_pool_kernels<bf16>(), max_pool_kernels<f16>()},
-    winograd_kernels(),
+    {winograd_kernels<float>(), winograd_kernels<double>(), winograd_kernels<bf16>(), winograd_kernels<f16>()},
     pointwise_kernels(),
 };
 

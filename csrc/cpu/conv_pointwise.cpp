@@ -60,7 +60,7 @@ struct Product {
   }
 
   // Tensors of y's shape that are read after each chunk; null ones are ignored.
-  void set_behind(std::array<const float*, 3> tensors) { behind_ = tensors; }
+  void set_behind(std::array<const void*, 3> tensors) { behind_ = tensors; }
 
   // y of the rows [from, to), one chunk of [from, end), for the blocks [first, last), while the next chunk is fetched.
   // made: x of this chunk, where a source makes it.
@@ -73,14 +73,14 @@ struct Product {
     p.rows_below = conv.rows - to;
     Run runs[kMostRuns];
     const int64_t next = std::min(chunk, end - to);
-    const auto add = [&](const float* from_next, int64_t floats_per_row) {
+    const auto add = [&](const void* from_next, int64_t floats_per_row) {
       if (from_next && next > 0) runs[p.upcoming_count++] = {from_next, next * floats_per_row * static_cast<int64_t>(sizeof(float))};
     };
     add(source ? source->reads(to) : conv.x + to * conv.channels, conv.channels);
     if (source) add(source->reads_too(to), conv.channels);
     if (!p.is_near()) add(conv.y + to * conv.out_channels, conv.out_channels);
-    for (const float* tensor : behind_) {
-      if (tensor) add(tensor + to * conv.out_channels, conv.out_channels);
+    for (const void* tensor : behind_) {
+      if (tensor) add(static_cast<const float*>(tensor) + to * conv.out_channels, conv.out_channels);
     }
     p.upcoming = runs;
     cpu_capability().pointwise.product(p, first, last);
@@ -92,7 +92,7 @@ struct Product {
   }
 
  private:
-  std::array<const float*, 3> behind_ = {};
+  std::array<const void*, 3> behind_ = {};
 };
 
 void check_x(const Tensor& x) {

@@ -31,8 +31,8 @@ constexpr int64_t kGroup = 64;                    // elements of a row of a redu
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void check_sizes(const Tensor& t, at::IntArrayRef padding, int64_t stride) {
-  TORCH_CHECK(t.dim() == 4 && t.scalar_type() == at::kFloat, "bnfast: x is ", t.scalar_type(), " ", t.sizes(),
-              "; float32 [N, C, H, W] is needed");
+  TORCH_CHECK(t.dim() == 4 && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16), "bnfast: x is ",
+              t.scalar_type(), " ", t.sizes(), "; float32 or bfloat16 [N, C, H, W] is needed");
   TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, "bnfast: padding is ", padding,
               "; two values of at least 0 are needed");
   TORCH_CHECK(stride == 1 || stride == 2, "bnfast: stride is ", stride, "; 1 and 2 are allowed");
@@ -87,7 +87,8 @@ class Winograd {
                 "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [36, ", blocks_, ", ", x.size(1),
                 ", 16] is needed");
     d_.form = geometry.form;
-    kernel_ = cpu_capability().winograd.*geometry.kernel;
+    kernel_ = cpu_capability().winograd[static_cast<int>(dtype_of(x))].*geometry.kernel;
+    element_ = x.element_size();
     d_.channels = x.size(1);
     d_.out_channels = out_channels;
     d_.height = x.size(2);
@@ -109,7 +110,7 @@ class Winograd {
     y = at::empty({x.size(0), out_channels, d_.out_height, d_.out_width},
                   x.options().memory_format(at::MemoryFormat::ChannelsLast));
     d_.weights = weights.const_data_ptr<float>();
-    d_.y = y.mutable_data_ptr<float>();
+    d_.y = y.mutable_data_ptr();
     rows_ = x.size(0) * d_.tile_rows;
     cut();
   }
@@ -117,7 +118,7 @@ class Winograd {
   // One of the two, before anything is computed.
   void set_input(const Tensor& x) {
     x_ = x.contiguous(at::MemoryFormat::ChannelsLast);
-    d_.x = x_.const_data_ptr<float>();
+    d_.x = x_.const_data_ptr();
     make_room();
   }
   void set_input(const PixelSource& source) {
@@ -126,7 +127,7 @@ class Winograd {
   }
 
   // Tensors of y's shape that are read after each unit; null ones are ignored.
-  void set_behind(std::array<const float*, 3> tensors) { behind_ = tensors; }
+  void set_behind(std::array<const void*, 3> tensors) { behind_ = tensors; }
 
   // The units as pixels of y, or nothing where one of them would end inside of a group of 16 elements.
   std::optional<PixelUnits> pixels() const {
@@ -159,7 +160,7 @@ class Winograd {
     const int64_t weights = kWinogradMatrices * d_.channels * blocks_ * kWinogradLanes * kFloat;
     weights_are_near_ = weights <= kWeightsNear;
     d_.fetches_weights = !weights_are_near_;
-    const int64_t moved = kFloat * y.size(0) * (d_.height * d_.width * d_.channels + d_.out_height * d_.out_width * d_.out_channels);
+    const int64_t moved = element_ * y.size(0) * (d_.height * d_.width * d_.channels + d_.out_height * d_.out_width * d_.out_channels);
     is_shared_ = weights > kMostlyWeights * moved && blocks_ >= 2 * kSplitBlocks;
     rows_per_unit_ = 1;
     if (is_shared_) {
@@ -189,7 +190,7 @@ class Winograd {
     const WinogradForm& form = d_.form;
     const int64_t streams = 2 * form.in_step * form.in_step * d_.input_columns() + 3 * form.out * form.out * blocks_ * kWinogradLanes;
     const int64_t scratch = d_.points() * (d_.input_columns() + std::min<int64_t>(2, blocks_) * kWinogradLanes);
-    return std::clamp(kUnitBytes / ((streams + scratch) * kFloat), kFewestValues / d_.points(), kMostValues / d_.points());
+    return std::clamp(kUnitBytes / (streams * element_ + scratch * kFloat), kFewestValues / d_.points(), kMostValues / d_.points());
   }
 
   // What units of so many rows of tiles cost, in products of one tile with the weights: tiles go through the product in groups of
@@ -223,12 +224,13 @@ class Winograd {
     Run runs[kMostRuns];
     if (pieces_ == 1 && unit + 1 < units_) {
       const int64_t begin = row(unit + 1), end = row(unit + 2);
-      const auto add = [&](const float* tensor, int64_t first, int64_t last, int64_t channels) {
-        if (tensor) runs[d.upcoming_count++] = {tensor + first * channels, (last - first) * channels * static_cast<int64_t>(sizeof(float))};
+      const auto add = [&](const void* tensor, int64_t first, int64_t last, int64_t channels) {
+        const int64_t pixel = channels * element_;
+        if (tensor) runs[d.upcoming_count++] = {static_cast<const char*>(tensor) + first * pixel, (last - first) * pixel};
       };
       const int64_t in = in_pixel(begin), in_end = in_pixel(end), out = out_pixel(row(unit)), out_end = out_pixel(begin);
       add(d.y, out, out_end, d.out_channels);
-      for (const float* tensor : behind_) add(tensor, out, out_end, d.out_channels);
+      for (const void* tensor : behind_) add(tensor, out, out_end, d.out_channels);
       if (d.source) {
         add(d.source->reads(0), in, in_end, d.channels);
         add(d.source->reads_too(0), in, in_end, d.channels);
@@ -242,10 +244,10 @@ class Winograd {
 
   WinogradConv d_ = {};
   WinogradKernels::TileRows kernel_;
-  std::array<const float*, 3> behind_ = {};
+  std::array<const void*, 3> behind_ = {};
   Tensor x_, bias_, scratch_;
   float* aligned_ = nullptr;
-  int64_t rows_, units_, rows_per_unit_, blocks_, blocks_per_piece_, pieces_, floats_ = 0;
+  int64_t element_, rows_, units_, rows_per_unit_, blocks_, blocks_per_piece_, pieces_, floats_ = 0;
   bool weights_are_near_, is_shared_;
 };
 

@@ -28,15 +28,15 @@ struct WinogradForm {
 };
 constexpr WinogradForm kSame = {6, 4, 6, 4}, kHalved = {9, 8, 9, 4}, kDoubled = {5, 4, 9, 8};
 
-// x [N, H, W, C] and y [N, OH, OW, K], channels_last; the tiles of one row of tiles are neighbours.
+// x [N, H, W, C] and y [N, OH, OW, K], channels_last, both of the kernels' dtype; the tiles of one row of tiles are neighbours.
 // weights [36, ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
 struct WinogradConv {
   WinogradForm form;
-  const float* x;             // or null:
+  const void* x;              // or null:
   const PixelSource* source;  // what makes x, row by row of the image
   const float* weights;
   const float* bias;
-  float* y;
+  void* y;
   int64_t channels, out_channels, height, width, out_height, out_width;
   int64_t in_top, in_left, out_top, out_left;   // the first place of the first tile; what lies outside of x is zero
   int64_t tile_rows, tile_columns;   // of one image
@@ -64,6 +64,7 @@ struct WinogradConv {
   }
 };
 
+// float32 and bfloat16, else null. Between the loads and the stores everything is float32.
 struct WinogradKernels {
   // y of the rows of tiles [begin, end), counted over images, for the blocks [first, last) of output channels.
   // scratch: scratch_floats() floats, 64-byte aligned, of any content.

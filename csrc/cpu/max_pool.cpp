@@ -16,16 +16,16 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kUnit = 32768;   // elements of the larger tensor of one unit of work
-constexpr int64_t kMadeFloats = 1 << 16;   // of a tensor that is made piece by piece, at once
+constexpr int64_t kMadeBytes = 1 << 18;   // of a tensor that is made piece by piece, at once
 
 // Memory for some rows of an image.
 class Rows {
  public:
-  // margin: floats in front of the first row that may be written to.
-  Rows(int64_t count, int64_t floats, int64_t margin)
-      : count_(count), margin_(margin), memory_(at::empty({count * floats + margin}, at::kFloat)) {}
+  // margin: bytes in front of the first row that may be written to.
+  Rows(int64_t count, int64_t bytes, int64_t margin)
+      : count_(count), margin_(margin), memory_(at::empty({count * bytes + margin}, at::kByte)) {}
   int64_t count() const { return count_; }
-  float* first() const { return memory_.mutable_data_ptr<float>() + margin_; }
+  char* first() const { return static_cast<char*>(memory_.mutable_data_ptr()) + margin_; }
 
  private:
   int64_t count_, margin_;
@@ -106,19 +106,19 @@ std::tuple<Tensor, Tensor> bn_fwd_apply_max_pool(const Tensor& z, const Tensor& 
   if (to.p.numel() == 0) return {to.p, to.places};
   const MaxPool& whole = to.d;
   const auto run = kernels_for(z).forward_rows;
-  const int64_t row = whole.width * whole.channels;
-  const int64_t rows = std::clamp<int64_t>((kMadeFloats / row - whole.kernel_height) / whole.stride_height, 1, whole.out_height);
+  const int64_t pixel_bytes = whole.channels * z.element_size(), row = whole.width * pixel_bytes;
+  const int64_t rows = std::clamp<int64_t>((kMadeBytes / row - whole.kernel_height) / whole.stride_height, 1, whole.out_height);
   const int64_t units = (whole.out_height + rows - 1) / rows, most = (rows - 1) * whole.stride_height + whole.kernel_height;
   at::parallel_for(0, z.size(0) * units, 1, [&](int64_t first, int64_t last) {
     MaxPool d = whole;
-    Rows made(most, row, source.granularity() * d.channels);
+    Rows made(most, row, source.granularity() * pixel_bytes);
     for (int64_t u = first; u < last; ++u) {
       const int64_t n = u / units, begin = u % units * rows, end = std::min(d.out_height, begin + rows);
       const int64_t h = std::max<int64_t>(0, begin * d.stride_height - d.padding_height);
       const int64_t h_end = std::min(d.height, (end - 1) * d.stride_height - d.padding_height + d.kernel_height);
       const int64_t pixel = (n * d.height + h) * d.width;
       source.write_from(pixel, (n * d.height + h_end) * d.width, d.channels, made.first());
-      d.y = made.first() - pixel * d.channels;
+      d.y = made.first() - pixel * pixel_bytes;
       run(d, n * d.out_height + begin, n * d.out_height + end);
     }
   });
@@ -165,17 +165,17 @@ std::tuple<Tensor, Tensor> max_pool_backward_bn_bwd_reduce(
   const Tensor dp = dp_in.contiguous(at::MemoryFormat::ChannelsLast), places = places_in.contiguous(at::MemoryFormat::ChannelsLast);
   const MaxPool whole = backward_arguments(dp, places, z.sizes(), kernel, stride, padding);
   const auto run = kernels_for(dp).backward_rows;
-  const int64_t row = whole.width * whole.channels;
+  const int64_t pixel_bytes = whole.channels * z.element_size(), row = whole.width * pixel_bytes;
   // Grows to what a unit needs, once per thread.
   std::vector<std::unique_ptr<Rows>> made(at::get_num_threads());
-  return bn_bwd_reduce_of(z, mean, rstd, gamma, beta, act, slope, [&](int64_t begin, int64_t end) -> const float* {
+  return bn_bwd_reduce_of(z, mean, rstd, gamma, beta, act, slope, [&](int64_t begin, int64_t end) -> const void* {
     const int64_t first = begin / whole.width, last = (end + whole.width - 1) / whole.width;
     auto& own = made[at::get_thread_num()];
     if (!own || own->count() < last - first) own = std::make_unique<Rows>(last - first, row, 0);
     MaxPool d = whole;
     d.dy = own->first() - first * row;
     run(d, first, last);
-    return own->first() + (begin - first * whole.width) * whole.channels;
+    return own->first() + (begin - first * whole.width) * pixel_bytes;
   });
 }
 

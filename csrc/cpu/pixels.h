@@ -1,5 +1,5 @@
 // What a convolution reads, made piece by piece while it is needed: the phase in front of it, applied to pixels that are then taken
-// out of the cache. float32 in channels_last: a pixel is C neighbouring elements, pixels are counted over n and the plane.
+// out of the cache. float32 or bfloat16 in channels_last: a pixel is C neighbouring elements, pixels are counted over n and the plane.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,17 @@ struct Run {
 class PixelSource {
  public:
   virtual int64_t granularity() const = 0;   // pixels: begin is a multiple of it
+  virtual int64_t element_bytes() const = 0;
   // The pixels [begin, end) into `to`.
-  virtual void write(int64_t begin, int64_t end, float* to) const = 0;
+  virtual void write(int64_t begin, int64_t end, void* to) const = 0;
   // What write(begin, ...) reads, from its first element on; the second may be null.
-  virtual const float* reads(int64_t begin) const = 0;
-  virtual const float* reads_too(int64_t begin) const = 0;
+  virtual const void* reads(int64_t begin) const = 0;
+  virtual const void* reads_too(int64_t begin) const = 0;
 
   // As write, for any begin: up to granularity() - 1 pixels in front of `to` are overwritten with what belongs there.
-  void write_from(int64_t begin, int64_t end, int64_t channels, float* to) const {
+  void write_from(int64_t begin, int64_t end, int64_t channels, void* to) const {
     const int64_t before = begin % granularity();
-    write(begin - before, end, to - before * channels);
+    write(begin - before, end, static_cast<char*>(to) - before * channels * element_bytes());
   }
 
  protected:
