@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import onednn, pointwise, reference, tuning, weights, winograd
+from . import depthwise, onednn, pointwise, reference, tuning, weights, winograd
 from .reference import accumulator
 
 try:
@@ -70,6 +70,9 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
+    if _runs_as_depthwise(x, weight, stride, padding, dilation, groups):
+        taps = _taps(weight, x.dtype)
+        return torch.ops.bnfast.depthwise_conv.default(x, taps, bias, stride, padding, dilation)
     dtype = x.dtype
     return _direct_conv(
         x, weight, ("cast", dtype), lambda w: w.to(dtype), bias, stride, padding, dilation, groups
@@ -116,6 +119,15 @@ def _runs_as_pointwise(x, weight, stride, padding, groups):
     return _tuned("product", pays, x, weight, x.shape[2:], (stride, padding, (1, 1), groups))
 
 
+def _runs_as_depthwise(x, weight, stride, padding, dilation, groups):
+    """A depthwise convolution of x in channels_last."""
+    return (
+        groups > 1
+        and depthwise.serves(x, weight, stride, padding, dilation, groups)
+        and _memory_format(x) == torch.channels_last
+    )
+
+
 def _tuned(way, pays, x, weight, output, geometry):
     """Whether a convolution goes this way or PyTorch's, by the table of `tuning`; `pays` is the fixed rule's word. x: what it reads, or
     dz, whose direction is not asked for."""
@@ -155,6 +167,11 @@ def _transposed_pointwise_weight(weight):
     )
 
 
+def _taps(weight, dtype):
+    """Of a depthwise convolution of an input of this dtype, in both directions."""
+    return weights.transformed(weight, ("depthwise", dtype), lambda w: depthwise.taps(w, dtype))
+
+
 def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
     z = _conv_forward(x, weight, bias, stride, padding, dilation, groups)
     return z, *bn_fwd_reduce(z, *stats)
@@ -177,6 +194,11 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
     conv = (weight, bias, stride, padding, dilation, groups)
     if not fuses_chain(x, weight, stride, padding, dilation, groups):
         return bn_fwd_apply(conv_forward(x, *conv), *norm, False)[0]
+    if groups > 1:
+        taps = _taps(weight, x.dtype)
+        return torch.ops.bnfast.depthwise_fwd_apply.default(
+            x, *norm, taps, bias, stride, padding, dilation
+        )
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
@@ -202,11 +224,16 @@ def _joins(x, weight, stride, padding, dilation, groups):
     return (
         x.is_cpu
         and _is_eager(x)
-        and min(weight.shape[:2]) > 1
+        and weight.shape[0] > 1
+        and weight.shape[1] * groups > 1
         and _memory_format(x) == torch.channels_last
         and (
             _runs_as_pointwise(x, weight, stride, padding, groups)
             or _runs_as_winograd(x, weight, stride, padding, dilation, groups)
+            or (
+                x.dtype in (torch.float32, torch.bfloat16)
+                and _runs_as_depthwise(x, weight, stride, padding, dilation, groups)
+            )
         )
     )
 
@@ -231,6 +258,11 @@ def _conv_fwd_reduce_joined(
 ):
     norm = _IDENTITY if norm is None else (*norm, act, slope)
     count = weight.shape[0]
+    if groups > 1:
+        taps = _taps(weight, x.dtype)
+        return torch.ops.bnfast.depthwise_fwd_reduce.default(
+            x, *norm, taps, bias, stride, padding, dilation, *stats
+        )
     if weight.shape[2] == 1:
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
@@ -251,7 +283,12 @@ def bn_bwd_apply_conv_dgrad_reduce(
     by = (None,) * 3 if beside is None else tuple(beside)
     rest = (add, *under, below_act, below_slope, *by)
     channels = weight.shape[1]
-    if weight.shape[2] == 1:
+    if groups > 1:
+        taps = _taps(weight, dy.dtype)
+        dx, *sums = torch.ops.bnfast.depthwise_dgrad_reduce.default(
+            dy, *state, above_act, above_slope, taps, input_size, stride, padding, dilation, *rest
+        )
+    elif weight.shape[2] == 1:
         packed = _transposed_pointwise_weight(weight)
         dx, *sums = torch.ops.bnfast.pointwise_dgrad_reduce.default(
             dy, *state, above_act, above_slope, packed, channels, *rest
@@ -297,18 +334,15 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
         dx = torch.ops.bnfast.winograd_dgrad.default(
             dz, turned, weight.shape[1], input_size, padding, stride[0]
         )
+    elif layout == torch.channels_last and groups > 1 and depthwise.can_serve(weight, groups):
+        taps = _taps(weight, dz.dtype)
+        dx = torch.ops.bnfast.depthwise_dgrad.default(
+            dz, taps, input_size, stride, padding, dilation
+        )
     elif all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
         dx = _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation)
     elif all(k == 1 for k in kernel) and not any(padding):
         dx = _dgrad_pointwise(dz, weight, input_size, stride, groups, layout)
-    elif _is_depthwise(weight, groups) and layout == torch.channels_last:
-        acc = accumulator(dz.dtype)
-        taps = weights.transformed(
-            weight, ("depthwise", acc), lambda w: w[:, 0].permute(1, 2, 0).to(acc).contiguous()
-        )
-        dx = torch.ops.bnfast.depthwise_dgrad.default(
-            dz, taps, input_size, stride, padding, dilation
-        )
     else:
         dx = reference.conv_dgrad(
             dz, _as_dtype(weight, dz.dtype), input_size, stride, padding, dilation, groups
@@ -348,11 +382,6 @@ def _dgrad_runs_as_winograd(dz, weight, input_size, stride, padding, dilation, g
     if not winograd.can_serve_dgrad(dz, weight.shape[2:], *geometry):
         return False
     return _tuned("winograd", pays, dz, weight, dz.shape[2:], geometry)
-
-
-def _is_depthwise(weight, groups):
-    """One input channel per output channel, and a kernel that csrc/cpu/conv_depthwise.cpp takes."""
-    return weight.dim() == 4 and weight.shape[:2] == (groups, 1) and weight[0, 0].numel() <= 64
 
 
 def _dgrad_pointwise(dz, weight, input_size, stride, groups, layout):
@@ -535,6 +564,31 @@ def _fake_se_bwd_reduce(dy, z, mean, rstd, gamma, beta, act, slope):
     return z.new_empty(z.shape[:2], dtype=accumulator(z.dtype))
 
 
+def _fake_depthwise_conv(x, taps, bias, stride, padding, dilation):
+    geometry = zip(x.shape[2:], taps.shape, stride, padding, dilation, strict=False)
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+    return torch.empty(
+        (*x.shape[:2], *sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _fake_depthwise_fwd_apply(x, mean, rstd, gamma, beta, residual, act, slope, *conv):
+    return _fake_depthwise_conv(x, *conv)
+
+
+def _fake_depthwise_fwd_reduce(x, mean, rstd, gamma, beta, act, slope, *rest):
+    z = _fake_depthwise_conv(x, *rest[:-5])
+    return z, *_fake_vectors(z, z.shape[1], 2)
+
+
+def _fake_depthwise_dgrad_reduce(dy, *args):
+    taps, *rest = args[9:]
+    dx = _fake_depthwise_dgrad(dy, taps, *rest[:4])
+    below = 0 if rest[5] is None else dx.shape[1]
+    beside = 0 if rest[-3] is None else below
+    return dx, *_fake_vectors(dx, below, 2), *_fake_vectors(dx, beside, 2)
+
+
 def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
     return torch.empty(
         (*dz.shape[:2], *input_size),
@@ -703,7 +757,11 @@ if unavailable is None:
         ("conv_forward", _fake_conv_forward),
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
+        ("depthwise_conv", _fake_depthwise_conv),
+        ("depthwise_fwd_apply", _fake_depthwise_fwd_apply),
+        ("depthwise_fwd_reduce", _fake_depthwise_fwd_reduce),
         ("depthwise_dgrad", _fake_depthwise_dgrad),
+        ("depthwise_dgrad_reduce", _fake_depthwise_dgrad_reduce),
         ("pointwise_conv", _fake_pointwise_conv),
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
         ("pointwise_spread", _fake_pointwise_spread),

@@ -36,8 +36,23 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "se_bwd_reduce(Tensor dy, Tensor z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope) "
       "-> Tensor");
+  m.def("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "depthwise_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
+      "float slope, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "depthwise_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, Tensor taps, "
+      "Tensor? bias, int[] stride, int[] padding, int[] dilation, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
       "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "depthwise_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
+      "Tensor? dbeta, str act, float slope, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, "
+      "Tensor? add, Tensor? z_below, Tensor? bits, "
+      "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
+      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
+      "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
   m.def("max_pool(Tensor y, int[] kernel, int[] stride, int[] padding) -> (Tensor p, Tensor places)");
   m.def(
       "bn_fwd_apply_max_pool(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope, "

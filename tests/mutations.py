@@ -27,6 +27,8 @@ VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
 WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
+DEPTHWISE, DEPTHWISE_GEOMETRY = "csrc/cpu/conv_depthwise_kernels.h", "csrc/cpu/conv_depthwise.h"
+INPUT_ROWS, JOINED = "csrc/cpu/input_rows.h", "csrc/cpu/conv_joined.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
 TRITON_FWD, TRITON_BWD = "triton_kernels/bn_fwd.py", "triton_kernels/bn_bwd.py"
@@ -58,9 +60,10 @@ TESTS = (
     "tests/test_joined.py",
     "tests/test_max_pool.py",
     "tests/test_inference.py",
+    "tests/test_depthwise.py",
 )
 TRITON_TESTS = (
-    "tests/test_depthwise.py",
+    "tests/test_triton_depthwise.py",
     "tests/test_gram.py",
     "tests/test_chain.py",
     "tests/test_triton.py",
@@ -473,9 +476,37 @@ MUTATIONS = [
     Mutation(
         "conv_dgrad",
         "strided depthwise: taps that reach between two outputs are used",
-        "csrc/cpu/conv_depthwise_kernels.h",
+        DEPTHWISE_GEOMETRY,
         "reach % stride == 0 && ",
         "",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "depthwise: outputs of a run read what the first one reads",
+        DEPTHWISE,
+        "met.x[i] + offset + c;",
+        "met.x[i] + c;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "depthwise: bias forgotten",
+        DEPTHWISE,
+        "bias ? load(bias + c, lanes) : B(0)",
+        "B(0)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "depthwise: rows of the gradient asked for from the last on",
+        DEPTHWISE,
+        "down.is_gradient ? down.kernel - 1 - i : i;",
+        "i;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "depthwise: one row too few kept of those that are made",
+        DEPTHWISE_GEOMETRY,
+        "(kernel - 1) * dilation / (is_gradient ? stride : 1) + 1",
+        "(kernel - 1) * dilation / (is_gradient ? stride : 1)",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -586,8 +617,8 @@ MUTATIONS = [
         "conv_dgrad",
         "winograd: kernel not rotated",
         NATIVE,
-        "winograd.transformed_weight(w.flip(2, 3).transpose(0, 1), stride[0])",
-        "winograd.transformed_weight(w.transpose(0, 1), stride[0])",
+        "w.to(dtype).flip(2, 3).transpose(0, 1), stride[0]",
+        "w.to(dtype).transpose(0, 1), stride[0]",
     ),
     Mutation(
         "conv_fwd_reduce",
@@ -627,28 +658,28 @@ MUTATIONS = [
     Mutation(
         "conv_fwd_reduce",
         "joined: rows that are made are taken for those of the image before",
-        WINOGRAD,
-        "if (image != image_) image_ = image, next_ = 0;",
-        "image_ = image;",
+        INPUT_ROWS,
+        "if (image != so_far_.image) so_far_ = {image, 0};",
+        "so_far_.image = image;",
     ),
     Mutation(
         "conv_fwd_reduce",
         "joined: one place too few for the rows that are made",
-        WINOGRAD,
-        "made_ + r % kIn * length",
-        "made_ + r % (kIn - 1) * length",
+        INPUT_ROWS,
+        "made_ + r % reach_ * width_",
+        "made_ + r % (reach_ - 1) * width_",
     ),
     Mutation(
         "conv_fwd_reduce",
         "joined: pixels made from the group's beginning go to the piece's",
         "csrc/cpu/pixels.h",
-        "write(begin - before, end, to - before * channels);",
-        "write(begin - before, end, to);",
+        "static_cast<char*>(to) - before * channels * element_bytes());",
+        "to);",
     ),
     Mutation(
         "conv_fwd_reduce",
         "joined: units reduced before they are written",
-        "csrc/cpu/conv_winograd.cpp",
+        JOINED,
         "if (!at_once) conv.unit(unit); }, running_mean",
         "if (!at_once && unit) conv.unit(unit - 1); }, running_mean",
     ),
@@ -656,7 +687,7 @@ MUTATIONS = [
         "conv_dgrad",
         "joined: what else flows in is forgotten",
         KERNELS,
-        "if constexpr (has_add) given = given + load(more + e + j, lanes);",
+        "if constexpr (has_add) given = rounded_to<T>(given + load(more + e + j, lanes));",
         "",
     ),
     Mutation(
@@ -691,13 +722,13 @@ MUTATIONS = [
         "max_pool",
         "joined: dy's pixels counted from the row's beginning",
         MAX_POOL_OPERATORS,
-        "return own->first() + (begin - first * whole.width) * whole.channels;",
+        "return own->first() + (begin - first * whole.width) * pixel_bytes;",
         "return own->first();",
     ),
     Mutation(
         "conv_fwd_apply",
-        "Winograd: the last unit stays z",
-        WINOGRAD_OPERATORS,
+        "the last unit stays z",
+        JOINED,
         "behind.take(units->borders[u], units->borders[u + 1]);",
         "if (u + 1 < end) behind.take(units->borders[u], units->borders[u + 1]);",
     ),

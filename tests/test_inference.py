@@ -31,6 +31,7 @@ def channels_last(*size: int) -> torch.Tensor:
     height=st.integers(2, 18),
     width=st.integers(2, 18),
     kernel=st.sampled_from((1, 3)),
+    is_depthwise=st.booleans(),
     stride=st.sampled_from((1, 2)),
     act=st.sampled_from(reference.ACTS),
     has_residual=st.booleans(),
@@ -40,13 +41,16 @@ def channels_last(*size: int) -> torch.Tensor:
     seed=st.integers(0, 2**31),
 )
 def test_one_pass_is_both_phases_to_the_bit(
-    monkeypatch, batch, channels, out_channels, height, width, kernel, stride, act, has_residual, has_affine, dtype, threads, seed
+    monkeypatch, batch, channels, out_channels, height, width, kernel, is_depthwise, stride, act, has_residual, has_affine, dtype, threads, seed
 ):  # fmt: skip
     monkeypatch.setattr(winograd, "mode", "1")
     monkeypatch.setattr(pointwise, "mode", "1")
     torch.manual_seed(seed)
-    x, weight = channels_last(batch, channels, height, width).to(dtype), torch.randn(out_channels, channels, kernel, kernel)  # fmt: skip
-    geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], 1)
+    out_channels = channels if is_depthwise else out_channels
+    weight = torch.randn(out_channels, 1 if is_depthwise else channels, kernel, kernel)
+    x = channels_last(batch, channels, height, width).to(dtype)
+    groups = channels if is_depthwise else 1
+    geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
     conv = (weight, torch.randn(out_channels), *geometry)
     mean, rstd, gamma, beta = torch.rand(4, out_channels) + 0.5
     plane = [(n - 1) // stride + 1 for n in (height, width)]

@@ -1,42 +1,224 @@
-// The depthwise data gradient as an operator.
+// Depthwise convolutions and their data gradients as operators: alone, and with the BatchNorm phases in front of them and behind them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <vector>
+
 #include "capability_table.h"
+#include "conv_joined.h"
 #include "pool.h"
 
 namespace bnfast {
 namespace {
 
-constexpr int64_t kUnit = 32768;   // elements of dx of one unit of work
+using at::Tensor;
 
-at::Tensor depthwise_dgrad(const at::Tensor& dz_in, const at::Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride,
-                           at::IntArrayRef padding, at::IntArrayRef dilation) {
+constexpr int64_t kUnitBytes = 192 << 10;   // of y that stay in the L2 cache for what is read behind them
+constexpr int64_t kFewestRows = 4;          // of an image in one unit
+constexpr int64_t kAlignment = 64;   // of scratch memory, in bytes
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A depthwise convolution cut into units of rows of an image. Every output is one sum in one order: how the work is cut changes no bit.
+class Depthwise {
+ public:
+  Tensor y;
+
+  // x: of the input's sizes. output_size: of what is made of it.
+  Depthwise(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef output_size, at::IntArrayRef stride,
+            at::IntArrayRef padding, at::IntArrayRef dilation, bool is_gradient)
+      : taps_(taps) {
+    const auto acc = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && taps.size(2) == x.size(1) && taps.is_contiguous() && taps.scalar_type() == acc,
+                "bnfast: x is of shape ", x.sizes(), " and taps ", taps.scalar_type(), " ", taps.sizes(), "; [N, C, H, W] and ", acc,
+                " [KH, KW, C] are needed");
+    TORCH_CHECK(taps.size(0) * taps.size(1) <= kMostTaps, "bnfast: the kernel has ", taps.size(0) * taps.size(1),
+                " taps; at most ", kMostTaps);
+    TORCH_CHECK(output_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && stride[0] > 0 &&
+                    stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0,
+                "bnfast: stride is ", stride, ", padding ", padding, " and dilation ", dilation, "; pairs are needed, and at least 1");
+    const auto side = [&](int i) {
+      return DepthwiseSide{x.size(2 + i), output_size[i], taps.size(i), stride[i], padding[i], dilation[i], is_gradient};
+    };
+    d_.down = side(0);
+    d_.across = side(1);
+    d_.channels = x.size(1);
+    d_.taps = taps.const_data_ptr();
+    if (bias) {
+      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(1), "bnfast: bias is of shape ", bias->sizes(), "; [", x.size(1),
+                  "] is needed");
+      bias_ = bias->to(acc).contiguous();
+      d_.bias = bias_.const_data_ptr();
+    }
+    y = at::empty({x.size(0), x.size(1), output_size[0], output_size[1]}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    d_.y = y.mutable_data_ptr();
+    rows_ = cpu_capability().depthwise[static_cast<int>(dtype_of(x))].rows;
+    find_runs();
+    const int64_t height = std::max<int64_t>(1, d_.down.out), row = std::max<int64_t>(1, d_.across.out * d_.channels * y.element_size());
+    const int64_t most = std::clamp(kUnitBytes / row, std::min(kFewestRows, height), height);
+    rows_per_unit_ = ceil_div(height, ceil_div(height, most));
+    pieces_ = ceil_div(height, rows_per_unit_);
+    units_ = y.size(0) * pieces_;
+    threads_.resize(at::get_num_threads());
+  }
+
+  // One of the two, before anything is computed.
+  void set_input(const Tensor& x) {
+    x_ = x.contiguous(at::MemoryFormat::ChannelsLast);
+    d_.x = x_.const_data_ptr();
+  }
+  void set_input(const PixelSource& source) {
+    d_.source = &source;
+    const int64_t pixels = d_.down.reach() * d_.across.in + source.granularity();
+    bytes_ = ceil_div(pixels * d_.channels * source.element_bytes(), kAlignment) * kAlignment;
+    scratch_ = at::empty({at::get_num_threads() * bytes_ + kAlignment}, at::kByte);
+    auto* const memory = static_cast<char*>(scratch_.mutable_data_ptr());
+    aligned_ = memory + (kAlignment - reinterpret_cast<uintptr_t>(memory) % kAlignment) % kAlignment;
+  }
+
+  std::optional<PixelUnits> pixels() const {
+    return pixel_units(d_.channels, d_.across.out, units_, [&](int64_t u) { return row(u) * d_.across.out; });
+  }
+  // Tensors of y's shape that are read behind each unit; null ones are ignored.
+  void set_behind(std::array<const void*, 3> tensors) { std::copy(tensors.begin(), tensors.end(), d_.behind); }
+  bool is_split() const { return false; }
+  void unit(int64_t u) const {
+    const int thread = at::get_thread_num();
+    Progress& own = threads_[thread];
+    // Rows that the unit before has made are there only for the next one.
+    if (own.next_unit != u) own.made = {};
+    own.next_unit = u + 1;
+    rows_(d_, row(u), row(u + 1), aligned_ + thread * bytes_, own.made);
+  }
+  void all() const {
+    at::parallel_for(0, units_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) unit(u);
+    });
+  }
+
+ private:
+  // The first row of a unit, counted over the images.
+  int64_t row(int64_t unit) const { return unit / pieces_ * d_.down.out + std::min(d_.down.out, unit % pieces_ * rows_per_unit_); }
+
+  void find_runs() {
+    const DepthwiseSide& across = d_.across;
+    const int64_t phases = across.phases();
+    for (int64_t phase = 0; phase < std::min(phases, across.out); ++phase) {
+      for (int64_t w = phase; w < across.out; w += phases) {
+        DepthwiseRun run = {w, 1, {}};
+        for (int64_t k = 0; k < across.kernel; ++k) run.place[k] = static_cast<int32_t>(across.place(w, k));
+        if (w > phase && continues(runs_.back(), run)) ++runs_.back().count;
+        else runs_.push_back(run);
+      }
+    }
+    d_.runs = runs_.data();
+    d_.run_count = static_cast<int64_t>(runs_.size());
+  }
+  bool continues(const DepthwiseRun& run, const DepthwiseRun& next) const {
+    for (int64_t k = 0; k < d_.across.kernel; ++k) {
+      if ((run.place[k] < 0) != (next.place[k] < 0)) return false;
+    }
+    return true;
+  }
+
+  struct Progress {
+    int64_t next_unit = -1;
+    MadeRows made;
+  };
+
+  DepthwiseConv d_ = {};
+  void (*rows_)(const DepthwiseConv&, int64_t, int64_t, void*, MadeRows&);
+  mutable std::vector<Progress> threads_;
+  std::vector<DepthwiseRun> runs_;
+  Tensor x_, taps_, bias_, scratch_;
+  char* aligned_ = nullptr;
+  int64_t rows_per_unit_, pieces_, units_, bytes_ = 0;
+};
+
+std::vector<int64_t> output_size(const Tensor& x, const Tensor& taps, at::IntArrayRef stride, at::IntArrayRef padding,
+                                 at::IntArrayRef dilation) {
+  TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "bnfast: x is of shape ",
+              x.sizes(), ", taps ", taps.sizes(), ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
+              "; [N, C, H, W], [KH, KW, C] and pairs are needed");
+  std::vector<int64_t> sizes;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t rest = x.size(2 + i) + 2 * padding[i] - dilation[i] * (taps.size(i) - 1) - 1;
+    TORCH_CHECK(rest >= 0 && stride[i] > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding, "; a kernel of ", taps.size(0),
+                " x ", taps.size(1), " does not fit");
+    sizes.push_back(rest / stride[i] + 1);
+  }
+  return sizes;
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation) {
   const PoolScope pooled;
-  TORCH_CHECK(dz_in.dim() == 4 && taps.dim() == 3 && taps.size(2) == dz_in.size(1) && taps.is_contiguous(),
-              "bnfast: dz is of shape ", dz_in.sizes(), " and taps ", taps.sizes(), "; [N, C, OH, OW] and [KH, KW, C] are needed");
-  TORCH_CHECK(taps.size(0) * taps.size(1) <= 64, "bnfast: the kernel has ", taps.size(0) * taps.size(1), " taps; at most 64");
-  const at::Tensor dz = dz_in.contiguous(at::MemoryFormat::ChannelsLast);
-  const auto acc = dz.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(taps.scalar_type() == acc, "bnfast: taps are ", taps.scalar_type(), "; ", acc, " is needed");
-  at::Tensor dx = at::empty({dz.size(0), dz.size(1), input_size[0], input_size[1]},
-                            dz.options().memory_format(at::MemoryFormat::ChannelsLast));
-  if (dx.numel() == 0) return dx;
-  const DepthwiseDgrad d = {dz.const_data_ptr(), taps.const_data_ptr(), dx.mutable_data_ptr(),
-                            dz.size(1), input_size[0], input_size[1], dz.size(2), dz.size(3), taps.size(0), taps.size(1),
-                            stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-  const auto run = cpu_capability().depthwise[static_cast<int>(dtype_of(dz))].dgrad_rows;
-  const int64_t rows = dz.size(0) * d.height;
-  const int64_t per_unit = std::max<int64_t>(1, kUnit / (d.width * d.channels));
-  at::parallel_for(0, (rows + per_unit - 1) / per_unit, 1, [&](int64_t begin, int64_t end) {
-    run(d, begin * per_unit, std::min(rows, end * per_unit));
-  });
-  return dx;
+  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  conv.set_input(x);
+  if (conv.y.numel() > 0) conv.all();
+  return conv.y;
+}
+
+Tensor depthwise_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                           const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
+                           const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation) {
+  const PoolScope pooled;
+  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  conv.set_input(x);
+  return applied_behind(conv, mean, rstd, gamma, beta, residual, act, slope);
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_fwd_reduce(
+    const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+    c10::string_view act, double slope, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
+    std::optional<double> momentum, double eps) {
+  const PoolScope pooled;
+  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  std::optional<Normalised> source;
+  if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
+  else conv.set_input(x);
+  return reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
+}
+
+Tensor depthwise_dgrad(const Tensor& dz, const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation) {
+  const PoolScope pooled;
+  Depthwise conv(dz, taps, std::nullopt, input_size, stride, padding, dilation, true);
+  conv.set_input(dz);
+  if (conv.y.numel() > 0) conv.all();
+  return conv.y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_dgrad_reduce(
+    const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
+    const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
+    const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    const OptionalTensor& add, const OptionalTensor& z_below, const OptionalTensor& bits, const OptionalTensor& mean_below,
+    const OptionalTensor& rstd_below, const OptionalTensor& gamma_below, const OptionalTensor& beta_below, c10::string_view act_below,
+    double slope_below, const OptionalTensor& z_beside, const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
+  const PoolScope pooled;
+  Depthwise conv(dy, taps, std::nullopt, input_size, stride, padding, dilation, true);
+  check_above(z, mean, rstd, dgamma, dbeta);
+  std::optional<Dz> source;
+  if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
+  else conv.set_input(dy);
+  return dgrad_reduced_behind(conv, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
+                                          z_beside, mean_beside, rstd_beside});
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnfast, CPU, m) { m.impl("depthwise_dgrad", &depthwise_dgrad); }
+TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
+  m.impl("depthwise_conv", &depthwise_conv);
+  m.impl("depthwise_fwd_apply", &depthwise_fwd_apply);
+  m.impl("depthwise_fwd_reduce", &depthwise_fwd_reduce);
+  m.impl("depthwise_dgrad", &depthwise_dgrad);
+  m.impl("depthwise_dgrad_reduce", &depthwise_dgrad_reduce);
+}
 
 }  // namespace bnfast

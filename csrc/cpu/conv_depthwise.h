@@ -1,22 +1,65 @@
-// The data gradient of a depthwise convolution on the CPU: arguments and the table of kernels (see bn.h for the pattern).
+// Depthwise convolutions and their data gradients on the CPU: arguments and the table of kernels (see bn.h for the pattern).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "pixels.h"
 
 namespace bnfast {
 
-// dz [N, OH, OW, C] and dx [N, H, W, C], channels_last; taps [KH, KW, C] in the accumulator type.
-struct DepthwiseDgrad {
-  const void* dz;
+constexpr int kMostTaps = 64;   // of a kernel
+
+// A convolution along one side, forward or its data gradient, from `in` places to `out`.
+struct DepthwiseSide {
+  int64_t in, out, kernel, stride, padding, dilation;
+  bool is_gradient;
+
+  // The place of the input that tap k meets at output o, or -1.
+  int64_t place(int64_t o, int64_t k) const {
+    if (!is_gradient) {
+      const int64_t at = o * stride - padding + k * dilation;
+      return at < in ? std::max<int64_t>(at, -1) : -1;
+    }
+    const int64_t reach = o + padding - k * dilation;
+    return reach >= 0 && reach % stride == 0 && reach / stride < in ? reach / stride : -1;
+  }
+  // Outputs that are `phases` apart meet the same taps, at places that are `advance` apart, but for those that lie outside.
+  int64_t phases() const { return is_gradient ? stride : 1; }
+  int64_t advance() const { return is_gradient ? 1 : stride; }
+  // The last place that output o depends on.
+  int64_t last(int64_t o) const {
+    return std::min(in - 1, is_gradient ? (o + padding) / stride : o * stride - padding + (kernel - 1) * dilation);
+  }
+  // Places from the first to the last that one output depends on.
+  int64_t reach() const { return (kernel - 1) * dilation / (is_gradient ? stride : 1) + 1; }
+};
+
+// Outputs first, first + phases, ... of a row that meet the same taps: tap k of the first one meets place[k], or none where that is -1.
+struct DepthwiseRun {
+  int64_t first, count;
+  int32_t place[kMostTaps];
+};
+
+// x [N, H, W, C] and y [N, OH, OW, C] of the sides' `in` and `out`, channels_last; taps [KH, KW, C] and bias [C] (or null) in the
+// accumulator type.
+struct DepthwiseConv {
+  const void* x;              // or null:
+  const PixelSource* source;  // what makes x, row by row of the image
   const void* taps;
-  void* dx;
-  int64_t channels, height, width, out_height, out_width, kernel_height, kernel_width;
-  int64_t stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
+  const void* bias;
+  void* y;
+  int64_t channels;
+  DepthwiseSide down, across;
+  const DepthwiseRun* runs;   // all of a row
+  int64_t run_count;
+  const void* behind[3];      // tensors of y's shape that are read behind these rows, or null
 };
 
 struct DepthwiseKernels {
-  // conv_dgrad of the rows [begin, end) of dx, counted over n and h.
-  void (*dgrad_rows)(const DepthwiseDgrad&, int64_t begin, int64_t end);
+  // The rows [begin, end) of y, counted over n and oh. scratch: with a source, reach rows of x behind its granularity() pixels, of
+  // which `made` says what they hold.
+  void (*rows)(const DepthwiseConv&, int64_t begin, int64_t end, void* scratch, MadeRows& made);
 };
 
 }  // namespace bnfast

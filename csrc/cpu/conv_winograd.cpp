@@ -4,10 +4,9 @@
 #include <torch/library.h>
 
 #include <array>
-#include <numeric>
 
-#include "bn_fused.h"
 #include "capability_table.h"
+#include "conv_joined.h"
 #include "pool.h"
 
 namespace bnfast {
@@ -26,7 +25,6 @@ constexpr int64_t kFewUnits = 32;
 constexpr int64_t kEven = 2;
 constexpr int64_t kFloat = sizeof(float);
 constexpr int kMostRuns = 6;                      // that are fetched for a unit
-constexpr int64_t kGroup = 64;                    // elements of a row of a reduction, at least where it can be
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -131,14 +129,8 @@ class Winograd {
 
   // The units as pixels of y, or nothing where one of them would end inside of a group of 16 elements.
   std::optional<PixelUnits> pixels() const {
-    int64_t group = kWinogradLanes / std::gcd(d_.out_channels, kWinogradLanes);
-    if (d_.out_width % group != 0 || is_shared_) return std::nullopt;
-    while (group * d_.out_channels < kGroup && d_.out_width % (2 * group) == 0) group *= 2;
-    PixelUnits units = {group, {}};
-    for (int64_t u = 0; u <= units_; ++u) {
-      units.borders.push_back(out_pixel(row(u)));
-    }
-    return units;
+    if (is_shared_) return std::nullopt;
+    return pixel_units(d_.out_channels, d_.out_width, units_, [&](int64_t u) { return out_pixel(row(u)); });
   }
 
   // Whether threads share units by their output channels; else a unit can be computed alone.
@@ -279,14 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
   std::optional<Normalised> source;
   if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
   else conv.set_input(x);
-  const std::optional<PixelUnits> units = conv.pixels();
-  // One channel: its reduction sees a plane, not pixels.
-  const bool at_once = !units || conv.is_split() || out_channels == 1;
-  if (at_once && conv.y.numel() > 0) conv.all();
-  auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
-      conv.y, units ? &*units : nullptr, [&](int64_t unit, int64_t, int64_t) { if (!at_once) conv.unit(unit); }, running_mean,
-      running_var, num_batches_tracked, momentum, eps);
-  return {conv.y, own_mean, own_rstd};
+  return reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
 }
 
 Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
@@ -296,23 +281,7 @@ Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rst
   const PoolScope pooled;
   Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
   conv.set_input(x);
-  const std::optional<PixelUnits> units = conv.pixels();
-  const bool at_once = !units || conv.is_split();
-  const AppliedBehind behind(conv.y, mean, rstd, gamma, beta, residual, act, slope, at_once ? nullptr : &*units);
-  if (conv.y.numel() == 0) return conv.y;
-  if (at_once) {
-    conv.all();
-    behind.take_all();
-    return conv.y;
-  }
-  conv.set_behind(behind.reads());
-  at::parallel_for(0, static_cast<int64_t>(units->borders.size()) - 1, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      conv.unit(u);
-      behind.take(units->borders[u], units->borders[u + 1]);
-    }
-  });
-  return conv.y;
+  return applied_behind(conv, mean, rstd, gamma, beta, residual, act, slope);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
@@ -329,22 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
   std::optional<Dz> source;
   if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
   else conv.set_input(dy);
-  const std::optional<PixelUnits> units = conv.pixels();
-  const BehindDgrad behind(conv.y, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
-                                         z_beside, mean_beside, rstd_beside}, units ? &*units : nullptr);
-  conv.set_behind(behind.reads());
-  if (conv.y.numel() > 0) {
-    const bool at_once = !units || conv.is_split();
-    if (at_once) conv.all();
-    at::parallel_for(0, behind.units(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        if (!at_once) conv.unit(u);
-        behind.take(u, behind.begin(u), behind.end(u));
-      }
-    });
-  }
-  auto [dgamma_below, dbeta_below, dgamma_beside, dbeta_beside] = behind.sums();
-  return {conv.y, dgamma_below, dbeta_below, dgamma_beside, dbeta_beside};
+  return dgrad_reduced_behind(conv, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
+                                          z_beside, mean_beside, rstd_beside});
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "conv_winograd.h"
 #include "gemm_kernels.h"
+#include "input_rows.h"
 #include "vec.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
@@ -220,45 +221,6 @@ void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t
   }
 }
 
-// The rows of x that a row of tiles depends on, null where they are outside. Rows that are made are kept for the next row of
-// tiles, which depends on some of them: row r lies in place r modulo their number.
-template <class Form, class T>
-class InputRows {
- public:
-  InputRows(const WinogradConv& d, float* made) : d_(d) {
-    if (d.source) made_ = reinterpret_cast<T*>(made) + d.source->granularity() * d.channels;
-  }
-
-  const T* const* of(int64_t tile_row) {
-    if (tile_row == tile_row_) return rows_;
-    tile_row_ = tile_row;
-    const int64_t image = tile_row / d_.tile_rows, length = d_.width * d_.channels;
-    const int64_t first = tile_row % d_.tile_rows * Form::kForm.in_step + d_.in_top;
-    if (image != image_) image_ = image, next_ = 0;
-    for (int64_t i = 0; i < kIn; ++i) {
-      const int64_t r = first + i;
-      if (r < 0 || r >= d_.height) {
-        rows_[i] = nullptr;
-      } else if (!made_) {
-        rows_[i] = static_cast<const T*>(d_.x) + (image * d_.height + r) * length;
-      } else {
-        T* to = made_ + r % kIn * length;
-        const int64_t begin = (image * d_.height + r) * d_.width;
-        if (r >= next_) d_.source->write_from(begin, begin + d_.width, d_.channels, to), next_ = r + 1;
-        rows_[i] = to;
-      }
-    }
-    return rows_;
-  }
-
- private:
-  static constexpr int kIn = Form::kForm.in;
-  const WinogradConv& d_;
-  T* made_ = nullptr;
-  int64_t tile_row_ = -1, image_ = -1, next_ = 0;   // next_: the first row of the image that is not made
-  const T* rows_[kIn];
-};
-
 constexpr int kLinesPerTile = 8;   // calls of RunsAhead::line() beside a transform of a tile
 
 // What is needed next, and the weights of the next panel beside it.
@@ -303,7 +265,10 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
   const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
                         d.points() * panels * (all_tiles / kWideTiles) * d.channels;
   RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
-  InputRows<Form, T> input(d, products + d.values(panel_columns));
+  MadeRows made;
+  InputRows<T> input(d.x, d.source, d.channels, d.height, d.width, kIn, products + d.values(panel_columns), made);
+  const T* lines[kIn];
+  int64_t row_of_lines = -1;   // of tiles
   T* const y = static_cast<T*>(d.y);
   const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns, block_floats = d.channels * kBlock;
 
@@ -314,7 +279,11 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
     TileCounter at(from_tile, d.tile_columns);
     for (int64_t t = 0; t < count; ++t, at.next()) {
       const int64_t w = at.column * Form::kForm.in_step + d.in_left;
-      const T* const* lines = input.of(at.row);
+      if (at.row != row_of_lines) {
+        row_of_lines = at.row;
+        const int64_t image = at.row / d.tile_rows, top = at.row % d.tile_rows * Form::kForm.in_step + d.in_top;
+        for (int64_t i = 0; i < kIn; ++i) lines[i] = input(image, top + i);
+      }
       const auto take = [&](const auto& from) BNFAST_INLINE_LAMBDA {
         float* to = transformed + t * in_columns;
         int64_t c = 0;

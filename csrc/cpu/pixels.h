@@ -12,6 +12,11 @@ struct Run {
   int64_t bytes;
 };
 
+// How far the rows of an image have been made: the next one, of which image.
+struct MadeRows {
+  int64_t image = -1, next = 0;
+};
+
 class PixelSource {
  public:
   virtual int64_t granularity() const = 0;   // pixels: begin is a multiple of it
