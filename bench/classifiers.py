@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         "# torchvision's classification networks",
         "",
         f"`python -m bench.classifiers --output docs/classifiers.md`. A training step with {options.batch} images, minimum of {options.rounds} "
-        f"interleaved rounds; ratio: the fastest peer's time over ours. {timing.environment_line(environment)}.",
+        f"interleaved rounds; ratio: the fastest peer's time over ours{', torch.compile left out' if options.no_compile else ''}. "
+        f"{timing.environment_line(environment)}.",
         "",
         "| network | size | ours, ms | fastest peer, ms | ratio |",
         "|---|--:|--:|--:|--:|",
