@@ -496,10 +496,10 @@ MUTATIONS = [
     ),
     Mutation(
         "conv_dgrad",
-        "depthwise: rows of the gradient asked for from the last on",
-        DEPTHWISE,
-        "down.is_gradient ? down.kernel - 1 - i : i;",
-        "i;",
+        "depthwise: the first row of the gradient not made",
+        DEPTHWISE_GEOMETRY,
+        "(o + padding - reached + stride - 1) / stride",
+        "(o + padding - reached + stride - 1) / stride + 1",
     ),
     Mutation(
         "conv_fwd_reduce",

@@ -27,7 +27,11 @@ struct DepthwiseSide {
   // Outputs that are `phases` apart meet the same taps, at places that are `advance` apart, but for those that lie outside.
   int64_t phases() const { return is_gradient ? stride : 1; }
   int64_t advance() const { return is_gradient ? 1 : stride; }
-  // The last place that output o depends on.
+  // The first and the last place that output o may depend on.
+  int64_t first(int64_t o) const {
+    const int64_t reached = (kernel - 1) * dilation;
+    return std::max<int64_t>(0, is_gradient ? (o + padding - reached + stride - 1) / stride : o * stride - padding);
+  }
   int64_t last(int64_t o) const {
     return std::min(in - 1, is_gradient ? (o + padding) / stride : o * stride - padding + (kernel - 1) * dilation);
   }

@@ -24,12 +24,13 @@ struct MetTaps {
   int count = 0;
 };
 
-// kCount outputs at steps of y_step, for some channels; the inputs of one lie x_step behind those of the one before.
+// kCount outputs at steps of y_step, for some channels, in front of which there are `before` others; the inputs of one lie x_step
+// behind those of the one before. The last channels are computed together with some in front of them, which come out the same again.
 template <int kCount, class T>
 BNFAST_INLINE void depthwise_tile(const MetTaps<T>& met, int64_t offset, int64_t x_step, const acc_t<T>* bias, T* y, int64_t y_step,
-                                  int64_t channels, RunsAhead& ahead) {
+                                  int64_t channels, int64_t before, RunsAhead& ahead) {
   using B = Block<acc_t<T>>;
-  for_blocks(channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
+  const auto block = [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
     B sum[kCount];
     for (int o = 0; o < kCount; ++o) sum[o] = bias ? load(bias + c, lanes) : B(0);
     for (int i = 0; i < met.count; ++i) {
@@ -39,7 +40,12 @@ BNFAST_INLINE void depthwise_tile(const MetTaps<T>& met, int64_t offset, int64_t
       for (int o = 0; o < kCount; ++o) sum[o] = sum[o] + load(x + o * x_step, lanes) * tap;
     }
     for (int o = 0; o < kCount; ++o) store(y + o * y_step + c, sum[o], lanes);
-  });
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= channels; c += kBlock) block(c, Whole{});
+  if (c == channels) return;
+  if (before + channels >= kBlock) block(channels - kBlock, Whole{});
+  else block(c, First{channels - c});
 }
 
 template <class T>
@@ -53,11 +59,8 @@ void depthwise_rows(const DepthwiseConv& d, int64_t begin, int64_t end, void* sc
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / down.out, h = row % down.out;
     const T* lines[kMostTaps];
-    // Rows are asked for from the first on: the gradient's last tap meets the first.
-    for (int64_t i = 0; i < down.kernel; ++i) {
-      const int64_t k = down.is_gradient ? down.kernel - 1 - i : i;
-      lines[k] = input(image, down.place(h, k));
-    }
+    input.make(image, down.first(h), down.last(h));
+    for (int64_t k = 0; k < down.kernel; ++k) lines[k] = input(image, down.place(h, k));
     // What the next row of the image reads and writes, and what is read behind this one.
     Run runs[6];
     int run_count = 0;
@@ -88,9 +91,9 @@ void depthwise_rows(const DepthwiseConv& d, int64_t begin, int64_t end, void* sc
         T* const y = static_cast<T*>(d.y) + (row * across.out + run.first) * channels + c;
         int64_t k = 0;
         for (; k + kTogether <= run.count; k += kTogether) {
-          depthwise_tile<kTogether>(met, k * x_step, x_step, bias, y + k * y_step, y_step, width, ahead);
+          depthwise_tile<kTogether>(met, k * x_step, x_step, bias, y + k * y_step, y_step, width, c, ahead);
         }
-        for (; k < run.count; ++k) depthwise_tile<1>(met, k * x_step, x_step, bias, y + k * y_step, y_step, width, ahead);
+        for (; k < run.count; ++k) depthwise_tile<1>(met, k * x_step, x_step, bias, y + k * y_step, y_step, width, c, ahead);
       }
     }
   }

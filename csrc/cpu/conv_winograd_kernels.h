@@ -282,6 +282,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
       if (at.row != row_of_lines) {
         row_of_lines = at.row;
         const int64_t image = at.row / d.tile_rows, top = at.row % d.tile_rows * Form::kForm.in_step + d.in_top;
+        input.make(image, top, top + kIn - 1);
         for (int64_t i = 0; i < kIn; ++i) lines[i] = input(image, top + i);
       }
       const auto take = [&](const auto& from) BNFAST_INLINE_LAMBDA {
