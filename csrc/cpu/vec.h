@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,11 +47,16 @@ struct Block {
   typedef A Vec __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
   typedef Int IntVec __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
 
+  // f(0), ..., f(kParts - 1), written out: a loop would keep the parts in memory.
+  template <class F> static BNFAST_INLINE void parts(F f) {
+    [&]<int... P>(std::integer_sequence<int, P...>) BNFAST_INLINE_LAMBDA { (f(P), ...); }(std::make_integer_sequence<int, kParts>{});
+  }
+
   struct Mask {
     IntVec part[kParts];
     template <class F> static BNFAST_INLINE Mask make(F f) {
       Mask m;
-      for (int p = 0; p < kParts; ++p) m.part[p] = f(p);
+      parts([&](int p) BNFAST_INLINE_LAMBDA { m.part[p] = f(p); });
       return m;
     }
     friend BNFAST_INLINE Mask operator!(const Mask& a) { return make([&](int p) BNFAST_INLINE_LAMBDA { return ~a.part[p]; }); }
@@ -63,11 +69,11 @@ struct Block {
 
   Block() = default;
   explicit BNFAST_INLINE Block(double value) {
-    for (int p = 0; p < kParts; ++p) part[p] = Vec{} + static_cast<A>(value);
+    parts([&](int p) BNFAST_INLINE_LAMBDA { part[p] = Vec{} + static_cast<A>(value); });
   }
   template <class F> static BNFAST_INLINE Block make(F f) {
     Block b;
-    for (int p = 0; p < kParts; ++p) b.part[p] = f(p);
+    parts([&](int p) BNFAST_INLINE_LAMBDA { b.part[p] = f(p); });
     return b;
   }
 
@@ -215,14 +221,18 @@ BNFAST_INLINE void store_f16(FloatVec v, uint16_t* to) {
 #endif
 
 BNFAST_INLINE Block<float> load_block(const float* from) {
-  Block<float> b;
-  std::memcpy(b.part, from, sizeof(b.part));
-  return b;
+  return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
+    Block<float>::Vec part;
+    std::memcpy(&part, from + p * Block<float>::kLanes, sizeof(part));
+    return part;
+  });
 }
 BNFAST_INLINE Block<double> load_block(const double* from) {
-  Block<double> b;
-  std::memcpy(b.part, from, sizeof(b.part));
-  return b;
+  return Block<double>::make([&](int p) BNFAST_INLINE_LAMBDA {
+    Block<double>::Vec part;
+    std::memcpy(&part, from + p * Block<double>::kLanes, sizeof(part));
+    return part;
+  });
 }
 BNFAST_INLINE Block<float> load_block(const bf16* from) {
   const uint16_t* words = &from->bits;
@@ -234,8 +244,12 @@ BNFAST_INLINE Block<float> load_block(const f16* from) {
   return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA { return float_of_f16(words + p * Block<float>::kLanes); });
 }
 
-BNFAST_INLINE void store_block(float* to, const Block<float>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
-BNFAST_INLINE void store_block(double* to, const Block<double>& b) { std::memcpy(to, b.part, sizeof(b.part)); }
+BNFAST_INLINE void store_block(float* to, const Block<float>& b) {
+  Block<float>::parts([&](int p) BNFAST_INLINE_LAMBDA { std::memcpy(to + p * Block<float>::kLanes, &b.part[p], sizeof(b.part[p])); });
+}
+BNFAST_INLINE void store_block(double* to, const Block<double>& b) {
+  Block<double>::parts([&](int p) BNFAST_INLINE_LAMBDA { std::memcpy(to + p * Block<double>::kLanes, &b.part[p], sizeof(b.part[p])); });
+}
 BNFAST_INLINE void store_block(bf16* to, const Block<float>& b) {
   for (int p = 0; p < Block<float>::kParts; ++p) {
     const Words x = (Words)b.part[p];
