@@ -36,7 +36,7 @@ def extension():
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
     ]
-    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     macros = [("BNFAST_TORCH_VERSION", f'"{torch.__version__}"')]
     kind, options = CppExtension, {"extra_compile_args": flags}
     if nvcc:

@@ -208,6 +208,16 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
     )
 
 
+def ways() -> tuple | None:
+    """All that decides which operators the phases come to beside their arguments' shapes, dtypes and layouts; None where it does not
+    last. On the CPU they are operators of PyTorch's dispatcher alone, so that `recording` can run them again."""
+    tuned = tuning.in_force()
+    if tuned is None:
+        return None
+    modes = (winograd.mode, pointwise.mode, depthwise.mode, _chains)
+    return modes, winograd.conv_precision(), torch._C._get_mkldnn_enabled(), tuned
+
+
 def joins_units():
     """See reference.joins_units."""
     return _chains

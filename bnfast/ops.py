@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cross_rank, dispatch
+from . import cross_rank, dispatch, recording
 from .reference import (
     ACTS,
     BIT_ACTS,
@@ -278,29 +278,73 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, specs, backend, saves, low_memory, x, *tensors):
-        run = _Forward(dispatch.module(backend), specs, saves, low_memory, x, tensors)
-        y = run()
+        phases = dispatch.module(backend)
+
+        def compute(inputs):
+            return _Forward(phases, specs, saves, low_memory, inputs).run()
+
+        ctx.owner = ctx.key = None
+        inputs = [x, *tensors]
+        ways = phases.ways() if _is_recordable(backend, specs, x) else None
+        if ways is not None:
+            ctx.owner = next((w for w in tensors[: 8 * len(specs) : 8] if w is not None), None)
+        if ctx.owner is None:
+            (y, *saved), facts = compute(inputs)
+        else:
+            ctx.key = (specs, saves, low_memory, x.shape, x.stride(), x.dtype, ways)
+            (y, *saved), facts = recording.run(ctx.owner, ctx.key, inputs, compute)
         if saves:
-            ctx.save_for_backward(
-                *run.saved, *run.saved_biases, *run.saved_places, *run.saved_squeeze
-            )
-            ctx.specs, ctx.backend = specs, backend
-            ctx.input_sizes, ctx.shares = run.input_sizes, run.shares
-            ctx.joins, ctx.readers, ctx.dropped = run.joins, run.readers, run.dropped
+            ctx.save_for_backward(*saved)
+            ctx.backend, ctx.specs, ctx.facts = backend, specs, facts
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return None, None, None, None, *_Backward(ctx).run(dy)
+        phases, needs = dispatch.module(ctx.backend), ctx.needs_input_grad[4:]
+        inputs = [dy, *ctx.saved_tensors]
+        if not torch.compiler.is_compiling():
+            # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
+            ctx.maybe_clear_saved_tensors()
+
+        def compute(inputs):
+            return _Backward(phases, ctx.specs, ctx.facts, needs, inputs).run(), None
+
+        if ctx.owner is None or type(dy) is not Tensor:
+            grads, _ = compute(inputs)
+        else:
+            key = (ctx.key, needs, dy.shape, dy.stride(), dy.dtype)
+            grads, _ = recording.run(ctx.owner, key, inputs, compute)
+        return None, None, None, None, *grads
+
+
+def _is_recordable(backend: str, specs: tuple[_Spec, ...], x: Tensor) -> bool:
+    """Whether what a chain does is operators of the dispatcher that follow from its description and shapes."""
+    return (
+        recording.is_active
+        and backend == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and all(spec.group is None for spec in specs)
+    )
+
+
+class _Facts(NamedTuple):
+    """What the backward pass of a chain knows of the forward pass beside its tensors."""
+
+    input_sizes: list[torch.Size]
+    shares: list  # of the batch of all ranks, by unit
+    # Whether the backend joins the unit's convolution with what is around it.
+    joins: list[bool]
+    readers: list[list[int]]
+    dropped: list[int]  # units whose z the backward pass makes again
 
 
 class _Forward:
     """The forward pass of one chain, from its first unit to its last, and what it keeps for the backward pass."""
 
-    def __init__(
-        self, phases, specs, saves: bool, low_memory: bool, x: Tensor, tensors: tuple
-    ) -> None:
+    def __init__(self, phases, specs, saves: bool, low_memory: bool, inputs: list) -> None:
+        x, *tensors = inputs
         self.phases, self.specs, self.saves, self.tensors = phases, specs, saves, tensors
         self.low_memory = low_memory
         self.readers = _readers(specs)
@@ -314,16 +358,14 @@ class _Forward:
         self.saved_squeeze: list[Tensor | None] = []
         self.input_sizes: list[torch.Size] = []
         self.shares: list = []
-        # Units whose z the backward pass makes again, and their biases.
         self.dropped: list[int] = []
-        self.saved_biases: list[Tensor | None] = []
+        self.saved_biases: list[Tensor | None] = []  # of the dropped ones
         # Where the maxima of those units lie that pool, in their order.
         self.saved_places: list[Tensor] = []
-        # Whether the backend joins the unit's convolution with what is around it.
         self.joins: list[bool] = []
 
-    def __call__(self) -> Tensor:
-        """The output of the last unit."""
+    def run(self) -> tuple[list[Tensor | None], _Facts]:
+        """The output of the last unit and what is to be saved, and what is to be known."""
         squeezes = iter(range(8 * len(self.specs), len(self.tensors), 4))
         outputs = self.outputs
         for i, spec in enumerate(self.specs):
@@ -336,7 +378,9 @@ class _Forward:
             for k in (spec.source, spec.residual_source):
                 if k is not None and k >= 0 and self.readers[k][-1] == i:
                     outputs[k] = None  # nobody reads it any more
-        return outputs[len(self.specs) - 1]
+        saved = (*self.saved, *self.saved_biases, *self.saved_places, *self.saved_squeeze)
+        facts = _Facts(self.input_sizes, self.shares, self.joins, self.readers, self.dropped)
+        return [outputs[len(self.specs) - 1], *saved], facts
 
     def squeeze(self, x: Tensor, spec: _Spec, at: int) -> Tensor:
         """x through squeeze and excitation, whose tensors begin at `at`."""
@@ -538,22 +582,19 @@ class _Fuses:
 class _Backward:
     """The backward pass of one chain, from its last unit to its first."""
 
-    def __init__(self, ctx) -> None:
-        self.phases = dispatch.module(ctx.backend)
-        self.specs = ctx.specs
-        self.input_sizes = ctx.input_sizes
-        self.shares = ctx.shares
-        self.joins = ctx.joins
-        self.saved = list(ctx.saved_tensors)
-        begin = 8 * len(self.specs)
-        end = begin + len(ctx.dropped)
-        self.dropped = dict(zip(ctx.dropped, self.saved[begin:end], strict=True))
-        pooled = [i for i, spec in enumerate(self.specs) if spec.pool is not None]
+    def __init__(self, phases, specs, facts: _Facts, needs: tuple[bool, ...], inputs: list) -> None:
+        """needs: whether the gradients of the chain's input and of the units' tensors are asked for. inputs: dy and what was saved,
+        whose list is emptied."""
+        self.phases, self.specs = phases, specs
+        self.input_sizes, self.shares, self.joins = facts.input_sizes, facts.shares, facts.joins
+        self.dy, *self.saved = inputs
+        inputs.clear()
+        begin = 8 * len(specs)
+        end = begin + len(facts.dropped)
+        self.dropped = dict(zip(facts.dropped, self.saved[begin:end], strict=True))
+        pooled = [i for i, spec in enumerate(specs) if spec.pool is not None]
         self.places = dict(zip(pooled, self.saved[end : end + len(pooled)], strict=True))
-        if not torch.compiler.is_compiling():
-            # From here on this list alone holds them (unless the graph is kept), and lets each go with its unit.
-            ctx.maybe_clear_saved_tensors()
-        needs_x, *self.needs = ctx.needs_input_grad[4:]
+        needs_x, *self.needs = needs
         count = len(self.specs)
         # Whether what flows back into each unit's output, and at the end into the chain's input, is asked for.
         self.wanted = [False] * count + [needs_x]
@@ -564,7 +605,7 @@ class _Backward:
                 or True in self.needs[8 * i : 8 * i + 8]
                 or (r is not None and self.wanted[r])
             )
-        self.remaining = [len(readers) for readers in ctx.readers]
+        self.remaining = [len(readers) for readers in facts.readers]
         self.flowing: list[Tensor | None] = [None] * (count + 1)
         # Whether a gradient was made here and nobody else holds it: then it may be written over.
         self.ours = [False] * (count + 1)
@@ -573,10 +614,10 @@ class _Backward:
         self.masked: set[int] = set()  # units of whose gradient a convolution above has made db
         self.grads: list[Tensor | None] = [None] * len(self.needs)
 
-    def run(self, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def run(self) -> list[Tensor | None]:
         """The gradients of the chain's input and of the units' tensors."""
         squeezes = iter(range(len(self.saved) - 5, -1, -5))
-        self.flowing[len(self.specs) - 1] = dy
+        self.flowing[len(self.specs) - 1], self.dy = self.dy, None
         for i in reversed(range(len(self.specs))):
             spec = self.specs[i]
             squeeze = None
@@ -587,7 +628,7 @@ class _Backward:
                 self.make_again(i)
                 self.unit(i, spec, squeeze)
             self.saved[8 * i : 8 * i + 8] = [None] * 8
-        return self.flowing[-1], *self.grads
+        return [self.flowing[-1], *self.grads]
 
     def make_again(self, i: int) -> None:
         """z of unit i, where it was not kept, from that of the unit before."""

@@ -71,6 +71,7 @@ class _State:
         self.tables: dict[tuple[str, int], dict[Shape, str]] | None = None
         self.seen: dict[Shape, tuple] | None = None  # while recording: what a unit is made of
         self.forced: str | None = None
+        self.reads = 0  # of the tables
 
 
 _state = _State()
@@ -114,6 +115,13 @@ def choice(
     table = _state.tables.get(_device_key(x.device))
     way = None if table is None else table.get(shape)
     return way if way in ways else None
+
+
+def in_force() -> tuple | None:
+    """What choices depend on beside a convolution; None while they are recorded or forced."""
+    if _state.seen is not None or _state.forced is not None:
+        return None
+    return (_state.reads, torch.get_num_threads()) if is_active else ()
 
 
 @functools.cache
@@ -354,6 +362,7 @@ def _refresh() -> None:
     """Reads the table anew when it is next asked for."""
     global is_active
     _state.tables = None
+    _state.reads += 1
     is_active = _exists(path())
 
 

@@ -6,9 +6,11 @@ to 4,096 evenly spaced elements, at least one of each filter where there are at 
 CPU). A change that misses every sampled element, or one behind autograd's back on a GPU, needs `clear_cache()`.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +27,47 @@ class _Entry:
     weight: weakref.ref
     state: tuple
     forms: dict[Hashable, Tensor] = field(default_factory=dict)
+    attached: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _entries: dict[int, _Entry] = {}
 
 
+class _Watched(threading.local):
+    """Who of this thread is told of each form that is asked for (`recording`)."""
+
+    by: Any = None
+
+
+_watched = _Watched()
+
+
+def watch(by: Any) -> None:
+    """From here on by.transformed(weight, form or None) is called for each form that this thread asks for; None ends it."""
+    _watched.by = by
+
+
 def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
     """make(weight), computed once per form while the weight stays what it was. The result must not be written to."""
-    key = id(weight)
     state = _state(weight)
-    entry = _entries.get(key)
+    entry = _entries.get(id(weight))
     if entry is None or entry.weight() is not weight or entry.state != state:
-        entry = _Entry(weakref.ref(weight, lambda ref, key=key: _forget(key, ref)), state)
-        _entries[key] = entry
+        entry = _begin(weight, state)
     made = entry.forms.get(form)
+    if _watched.by is not None:
+        _watched.by.transformed(weight, made)
     if made is None:
         with torch.no_grad():
             made = entry.forms[form] = make(weight.detach())
     return made
+
+
+def attached(weight: Tensor) -> dict[Hashable, Any]:
+    """What others keep with the forms of a weight: it is forgotten with them, at the latest when the next form is asked for."""
+    entry = _entries.get(id(weight))
+    if entry is None or entry.weight() is not weight:
+        entry = _begin(weight, _state(weight))
+    return entry.attached
 
 
 def clear_cache() -> None:
@@ -68,6 +93,13 @@ def kept(weight: Tensor) -> dict[str, int]:
         name = (form if isinstance(form, str) else str(form[0])).split()[0]
         found[name] = found.get(name, 0) + made.nbytes
     return found
+
+
+def _begin(weight: Tensor, state: tuple) -> _Entry:
+    key = id(weight)
+    entry = _Entry(weakref.ref(weight, lambda ref: _forget(key, ref)), state)
+    _entries[key] = entry
+    return entry
 
 
 def _forget(key: int, ref: weakref.ref) -> None:

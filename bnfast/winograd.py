@@ -52,10 +52,11 @@ _MOST_WASTE_BF16 = _bf16_limits()
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
-    _conv_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
+    conv_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
 else:
 
-    def _conv_precision() -> str | None:
+    def conv_precision() -> str | None:
+        """What PyTorch is told of float32 convolutions on the CPU."""
         return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", None)
 
 
@@ -112,7 +113,7 @@ def can_serve_dgrad(
         return False
     if tuple(stride) not in ((1, 1), (2, 2)) or min(padding) < 0:
         return False
-    return dz.dtype == torch.bfloat16 or (dz.dtype == torch.float32 and _conv_precision() != "ieee")
+    return dz.dtype == torch.bfloat16 or (dz.dtype == torch.float32 and conv_precision() != "ieee")
 
 
 def serves(

@@ -5,6 +5,7 @@
 #include "cpu/capability.h"
 #include "cpu/pool.h"
 #include "cpu/weights.h"
+#include "recording.h"
 
 TORCH_LIBRARY(bnfast, m) {
   m.def(
@@ -127,6 +128,7 @@ PYBIND11_MODULE(_C, m) {
     stats["misses"] = s.misses;
     return stats;
   }, "Bytes of the pool in use, free, and the most that was in use at once; requests served from it and mapped anew.");
+  bnfast::define_recording(m);
   m.def("cuda_architectures", [] { return kCudaArchitectures; },
         "What the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where the build has none.");
   m.def("build_info", [] {

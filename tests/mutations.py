@@ -28,6 +28,7 @@ WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
 WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
 DEPTHWISE, DEPTHWISE_GEOMETRY = "csrc/cpu/conv_depthwise_kernels.h", "csrc/cpu/conv_depthwise.h"
+RECORDING, RECORDER = "csrc/recording.cpp", "bnfast/recording.py"
 INPUT_ROWS, JOINED = "csrc/cpu/input_rows.h", "csrc/cpu/conv_joined.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
 NATIVE, REFERENCE = "bnfast/native.py", "bnfast/reference.py"
@@ -61,6 +62,7 @@ TESTS = (
     "tests/test_max_pool.py",
     "tests/test_inference.py",
     "tests/test_depthwise.py",
+    "tests/test_recording.py",
 )
 TRITON_TESTS = (
     "tests/test_triton_depthwise.py",
@@ -106,6 +108,35 @@ class Mutation:
 
 
 MUTATIONS = [
+    # chains run again from a recording
+    Mutation(
+        "chain",
+        "recording: a changed weight",
+        RECORDING,
+        " &&\n           weight_checksum(t) == checksum;",
+        ";",
+    ),
+    Mutation(
+        "chain",
+        "recording: any residual for the input",
+        RECORDING,
+        "if (!given[one]->is_same(*given[other])) return py::none();",
+        "",
+    ),
+    Mutation(
+        "chain",
+        "recording: values are kept",
+        RECORDING,
+        "argument->is_last = !is_needed[argument->slot];",
+        "argument->is_last = false;",
+    ),
+    Mutation(
+        "chain",
+        "recording: what came from elsewhere is a constant",
+        RECORDER,
+        "if slot == -2 or (",
+        "if (",
+    ),
     # bn_fwd_reduce, rows (channels_last)
     Mutation(
         "bn_fwd_reduce",
