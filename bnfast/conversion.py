@@ -120,7 +120,7 @@ _RUNS = {
     "winograd": "Winograd",
     "pointwise": "product",
     "packed": "oneDNN",
-    "depthwise": "direct",
+    "grouped": "direct",
     "taps": "Triton",
     "rotated": "PyTorch",
     "cast": "PyTorch",

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import depthwise, onednn, pointwise, reference, tuning, weights, winograd
+from . import grouped, onednn, pointwise, reference, tuning, weights, winograd
 from .reference import accumulator
 
 try:
@@ -70,9 +70,9 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
-    if _runs_as_depthwise(x, weight, stride, padding, dilation, groups):
+    if _runs_as_grouped(x, weight, stride, padding, dilation, groups):
         taps = _taps(weight, x.dtype)
-        return torch.ops.bnfast.depthwise_conv.default(x, taps, bias, stride, padding, dilation)
+        return torch.ops.bnfast.grouped_conv.default(x, taps, bias, stride, padding, dilation)
     dtype = x.dtype
     return _direct_conv(
         x, weight, ("cast", dtype), lambda w: w.to(dtype), bias, stride, padding, dilation, groups
@@ -119,11 +119,11 @@ def _runs_as_pointwise(x, weight, stride, padding, groups):
     return _tuned("product", pays, x, weight, x.shape[2:], (stride, padding, (1, 1), groups))
 
 
-def _runs_as_depthwise(x, weight, stride, padding, dilation, groups):
-    """A depthwise convolution of x in channels_last."""
+def _runs_as_grouped(x, weight, stride, padding, dilation, groups):
+    """A depthwise convolution, or one of narrow groups, of x in channels_last."""
     return (
         groups > 1
-        and depthwise.serves(x, weight, stride, padding, dilation, groups)
+        and grouped.serves(x, weight, stride, padding, dilation, groups, _capability)
         and _memory_format(x) == torch.channels_last
     )
 
@@ -168,8 +168,16 @@ def _transposed_pointwise_weight(weight):
 
 
 def _taps(weight, dtype):
-    """Of a depthwise convolution of an input of this dtype, in both directions."""
-    return weights.transformed(weight, ("depthwise", dtype), lambda w: depthwise.taps(w, dtype))
+    """Of a grouped convolution of an input of this dtype."""
+    return weights.transformed(weight, ("grouped", dtype), lambda w: grouped.taps(w, dtype))
+
+
+def _taps_of_dgrad(weight, dtype):
+    if weight.shape[1] == 1:
+        return _taps(weight, dtype)
+    return weights.transformed(
+        weight, ("grouped transposed", dtype), lambda w: grouped.taps_of_dgrad(w, dtype)
+    )
 
 
 def _conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *stats):
@@ -196,7 +204,7 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
         return bn_fwd_apply(conv_forward(x, *conv), *norm, False)[0]
     if groups > 1:
         taps = _taps(weight, x.dtype)
-        return torch.ops.bnfast.depthwise_fwd_apply.default(
+        return torch.ops.bnfast.grouped_fwd_apply.default(
             x, *norm, taps, bias, stride, padding, dilation
         )
     if weight.shape[2] == 1:
@@ -214,7 +222,7 @@ def ways() -> tuple | None:
     tuned = tuning.in_force()
     if tuned is None:
         return None
-    modes = (winograd.mode, pointwise.mode, depthwise.mode, _chains)
+    modes = (winograd.mode, pointwise.mode, grouped.mode, _chains)
     return modes, winograd.conv_precision(), torch._C._get_mkldnn_enabled(), tuned
 
 
@@ -242,7 +250,7 @@ def _joins(x, weight, stride, padding, dilation, groups):
             or _runs_as_winograd(x, weight, stride, padding, dilation, groups)
             or (
                 x.dtype in (torch.float32, torch.bfloat16)
-                and _runs_as_depthwise(x, weight, stride, padding, dilation, groups)
+                and _runs_as_grouped(x, weight, stride, padding, dilation, groups)
             )
         )
     )
@@ -270,7 +278,7 @@ def _conv_fwd_reduce_joined(
     count = weight.shape[0]
     if groups > 1:
         taps = _taps(weight, x.dtype)
-        return torch.ops.bnfast.depthwise_fwd_reduce.default(
+        return torch.ops.bnfast.grouped_fwd_reduce.default(
             x, *norm, taps, bias, stride, padding, dilation, *stats
         )
     if weight.shape[2] == 1:
@@ -294,8 +302,8 @@ def bn_bwd_apply_conv_dgrad_reduce(
     rest = (add, *under, below_act, below_slope, *by)
     channels = weight.shape[1]
     if groups > 1:
-        taps = _taps(weight, dy.dtype)
-        dx, *sums = torch.ops.bnfast.depthwise_dgrad_reduce.default(
+        taps = _taps_of_dgrad(weight, dy.dtype)
+        dx, *sums = torch.ops.bnfast.grouped_dgrad_reduce.default(
             dy, *state, above_act, above_slope, taps, input_size, stride, padding, dilation, *rest
         )
     elif weight.shape[2] == 1:
@@ -344,11 +352,13 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
         dx = torch.ops.bnfast.winograd_dgrad.default(
             dz, turned, weight.shape[1], input_size, padding, stride[0]
         )
-    elif layout == torch.channels_last and groups > 1 and depthwise.can_serve(weight, groups):
-        taps = _taps(weight, dz.dtype)
-        dx = torch.ops.bnfast.depthwise_dgrad.default(
-            dz, taps, input_size, stride, padding, dilation
-        )
+    elif (
+        layout == torch.channels_last
+        and groups > 1
+        and grouped.serves_dgrad(dz, weight, groups, _capability)
+    ):
+        taps = _taps_of_dgrad(weight, dz.dtype)
+        dx = torch.ops.bnfast.grouped_dgrad.default(dz, taps, input_size, stride, padding, dilation)
     elif all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
         dx = _dgrad_as_conv(dz, weight, groups, layout, reach, padding, dilation)
     elif all(k == 1 for k in kernel) and not any(padding):
@@ -574,7 +584,7 @@ def _fake_se_bwd_reduce(dy, z, mean, rstd, gamma, beta, act, slope):
     return z.new_empty(z.shape[:2], dtype=accumulator(z.dtype))
 
 
-def _fake_depthwise_conv(x, taps, bias, stride, padding, dilation):
+def _fake_grouped_conv(x, taps, bias, stride, padding, dilation):
     geometry = zip(x.shape[2:], taps.shape, stride, padding, dilation, strict=False)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
     return torch.empty(
@@ -582,24 +592,24 @@ def _fake_depthwise_conv(x, taps, bias, stride, padding, dilation):
     )
 
 
-def _fake_depthwise_fwd_apply(x, mean, rstd, gamma, beta, residual, act, slope, *conv):
-    return _fake_depthwise_conv(x, *conv)
+def _fake_grouped_fwd_apply(x, mean, rstd, gamma, beta, residual, act, slope, *conv):
+    return _fake_grouped_conv(x, *conv)
 
 
-def _fake_depthwise_fwd_reduce(x, mean, rstd, gamma, beta, act, slope, *rest):
-    z = _fake_depthwise_conv(x, *rest[:-5])
+def _fake_grouped_fwd_reduce(x, mean, rstd, gamma, beta, act, slope, *rest):
+    z = _fake_grouped_conv(x, *rest[:-5])
     return z, *_fake_vectors(z, z.shape[1], 2)
 
 
-def _fake_depthwise_dgrad_reduce(dy, *args):
+def _fake_grouped_dgrad_reduce(dy, *args):
     taps, *rest = args[9:]
-    dx = _fake_depthwise_dgrad(dy, taps, *rest[:4])
+    dx = _fake_grouped_dgrad(dy, taps, *rest[:4])
     below = 0 if rest[5] is None else dx.shape[1]
     beside = 0 if rest[-3] is None else below
     return dx, *_fake_vectors(dx, below, 2), *_fake_vectors(dx, beside, 2)
 
 
-def _fake_depthwise_dgrad(dz, taps, input_size, stride, padding, dilation):
+def _fake_grouped_dgrad(dz, taps, input_size, stride, padding, dilation):
     return torch.empty(
         (*dz.shape[:2], *input_size),
         dtype=dz.dtype,
@@ -767,11 +777,11 @@ if unavailable is None:
         ("conv_forward", _fake_conv_forward),
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
-        ("depthwise_conv", _fake_depthwise_conv),
-        ("depthwise_fwd_apply", _fake_depthwise_fwd_apply),
-        ("depthwise_fwd_reduce", _fake_depthwise_fwd_reduce),
-        ("depthwise_dgrad", _fake_depthwise_dgrad),
-        ("depthwise_dgrad_reduce", _fake_depthwise_dgrad_reduce),
+        ("grouped_conv", _fake_grouped_conv),
+        ("grouped_fwd_apply", _fake_grouped_fwd_apply),
+        ("grouped_fwd_reduce", _fake_grouped_fwd_reduce),
+        ("grouped_dgrad", _fake_grouped_dgrad),
+        ("grouped_dgrad_reduce", _fake_grouped_dgrad_reduce),
         ("pointwise_conv", _fake_pointwise_conv),
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
         ("pointwise_spread", _fake_pointwise_spread),

@@ -37,18 +37,18 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "se_bwd_reduce(Tensor dy, Tensor z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope) "
       "-> Tensor");
-  m.def("depthwise_conv(Tensor x, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("grouped_conv(Tensor x, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "depthwise_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
+      "grouped_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
       "float slope, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "depthwise_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, Tensor taps, "
+      "grouped_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, Tensor taps, "
       "Tensor? bias, int[] stride, int[] padding, int[] dilation, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
-      "depthwise_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+      "grouped_dgrad(Tensor dz, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "depthwise_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
+      "grouped_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
       "Tensor? dbeta, str act, float slope, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, "
       "Tensor? add, Tensor? z_below, Tensor? bits, "
       "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "

@@ -27,7 +27,7 @@ VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
 WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
-DEPTHWISE, DEPTHWISE_GEOMETRY = "csrc/cpu/conv_depthwise_kernels.h", "csrc/cpu/conv_depthwise.h"
+GROUPED, GROUPED_GEOMETRY = "csrc/cpu/conv_grouped_kernels.h", "csrc/cpu/conv_grouped.h"
 RECORDING, RECORDER = "csrc/recording.cpp", "bnfast/recording.py"
 INPUT_ROWS, JOINED = "csrc/cpu/input_rows.h", "csrc/cpu/conv_joined.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
@@ -61,7 +61,7 @@ TESTS = (
     "tests/test_joined.py",
     "tests/test_max_pool.py",
     "tests/test_inference.py",
-    "tests/test_depthwise.py",
+    "tests/test_grouped.py",
     "tests/test_recording.py",
 )
 TRITON_TESTS = (
@@ -506,36 +506,57 @@ MUTATIONS = [
     ),
     Mutation(
         "conv_dgrad",
-        "strided depthwise: taps that reach between two outputs are used",
-        DEPTHWISE_GEOMETRY,
+        "strided grouped: taps that reach between two outputs are used",
+        GROUPED_GEOMETRY,
         "reach % stride == 0 && ",
         "",
     ),
     Mutation(
         "conv_fwd_reduce",
-        "depthwise: outputs of a run read what the first one reads",
-        DEPTHWISE,
+        "grouped: outputs of a run read what the first one reads",
+        GROUPED,
         "met.x[i] + offset + c;",
         "met.x[i] + c;",
     ),
     Mutation(
         "conv_fwd_reduce",
-        "depthwise: bias forgotten",
-        DEPTHWISE,
-        "bias ? load(bias + c, lanes) : B(0)",
+        "grouped: bias forgotten",
+        GROUPED,
+        "bias && o < kCount ? load(bias + c, lanes) : B(0)",
         "B(0)",
     ),
     Mutation(
+        "conv_fwd_reduce",
+        "grouped: a group takes another's channels",
+        GROUPED,
+        "kWidth <= kLanes ? l - l % kWidth + i",
+        "kWidth <= kLanes ? i",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "grouped: a bias for each of an output's sums",
+        GROUPED,
+        "bias && o < kCount ?",
+        "bias ?",
+    ),
+    Mutation(
         "conv_dgrad",
-        "depthwise: the first row of the gradient not made",
-        DEPTHWISE_GEOMETRY,
+        "grouped: channels of a group not exchanged",
+        "bnfast/grouped.py",
+        "weight.unflatten(0, (-1, width)).transpose(1, 2)",
+        "weight.unflatten(0, (-1, width))",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "grouped: the first row of the gradient not made",
+        GROUPED_GEOMETRY,
         "(o + padding - reached + stride - 1) / stride",
         "(o + padding - reached + stride - 1) / stride + 1",
     ),
     Mutation(
         "conv_fwd_reduce",
-        "depthwise: one row too few kept of those that are made",
-        DEPTHWISE_GEOMETRY,
+        "grouped: one row too few kept of those that are made",
+        GROUPED_GEOMETRY,
         "(kernel - 1) * dilation / (is_gradient ? stride : 1) + 1",
         "(kernel - 1) * dilation / (is_gradient ? stride : 1)",
     ),

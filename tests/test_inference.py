@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bnfast
-from bnfast import dispatch, native, pointwise, reference, winograd
+from bnfast import dispatch, grouped, native, pointwise, reference, winograd
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -31,7 +31,7 @@ def channels_last(*size: int) -> torch.Tensor:
     height=st.integers(2, 18),
     width=st.integers(2, 18),
     kernel=st.sampled_from((1, 3)),
-    is_depthwise=st.booleans(),
+    group=st.sampled_from((0, 0, 1, 2, 4, 8, 16)),
     stride=st.sampled_from((1, 2)),
     act=st.sampled_from(reference.ACTS),
     has_residual=st.booleans(),
@@ -41,15 +41,18 @@ def channels_last(*size: int) -> torch.Tensor:
     seed=st.integers(0, 2**31),
 )
 def test_one_pass_is_both_phases_to_the_bit(
-    monkeypatch, batch, channels, out_channels, height, width, kernel, is_depthwise, stride, act, has_residual, has_affine, dtype, threads, seed
+    monkeypatch, batch, channels, out_channels, height, width, kernel, group, stride, act, has_residual, has_affine, dtype, threads, seed
 ):  # fmt: skip
     monkeypatch.setattr(winograd, "mode", "1")
     monkeypatch.setattr(pointwise, "mode", "1")
+    monkeypatch.setattr(grouped, "_WIDTHS_BF16", grouped._WIDTHS)
     torch.manual_seed(seed)
-    out_channels = channels if is_depthwise else out_channels
-    weight = torch.randn(out_channels, 1 if is_depthwise else channels, kernel, kernel)
+    if group:
+        channels = out_channels = max(2, channels // group * group)
+        group = min(group, channels)
+    weight = torch.randn(out_channels, group or channels, kernel, kernel)
     x = channels_last(batch, channels, height, width).to(dtype)
-    groups = channels if is_depthwise else 1
+    groups = channels // group if group else 1
     geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
     conv = (weight, torch.randn(out_channels), *geometry)
     mean, rstd, gamma, beta = torch.rand(4, out_channels) + 0.5

@@ -10,7 +10,7 @@ from closeness import assert_bit_equal, assert_close_to_oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnfast import native, ops, pointwise, reference, winograd
+from bnfast import grouped, native, ops, pointwise, reference, winograd
 from bnfast.reference import Above, Below, Beside, Norm
 
 pytestmark = [
@@ -27,6 +27,7 @@ def everywhere(monkeypatch):
     """Our convolutions wherever they can be used, not only where they pay."""
     monkeypatch.setattr(winograd, "mode", "1")
     monkeypatch.setattr(pointwise, "mode", "1")
+    monkeypatch.setattr(grouped, "_WIDTHS_BF16", grouped._WIDTHS)
 
 
 def last(*size: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,24 +47,26 @@ def norm(channels: int) -> Norm:
 class Kernel(NamedTuple):
     side: int
     stride: int = 1
-    is_depthwise: bool = False
+    group: int = 0  # channels of a group, 0 for a single one
 
     def weight(self, out_channels: int, channels: int) -> torch.Tensor:
-        inputs = 1 if self.is_depthwise else channels
+        inputs = self.group or channels
         weight = torch.randn(out_channels, inputs, self.side, self.side)
         weight /= math.sqrt(inputs) * self.side
         return weight.contiguous(memory_format=torch.channels_last)
 
     def geometry(self, channels: int, pad: int) -> tuple:
         pad = 0 if self.side == 1 else pad
-        return [self.stride] * 2, [pad] * 2, ONES, channels if self.is_depthwise else 1
+        return [self.stride] * 2, [pad] * 2, ONES, channels // self.group if self.group else 1
 
     def output_size(self, size: int, pad: int) -> int:
         pad = 0 if self.side == 1 else pad
         return (size + 2 * pad - self.side) // self.stride + 1
 
-    def is_ours(self, dtype: torch.dtype) -> bool:
-        """Whether the convolution is joined: products of 1x1 convolutions are float32 alone."""
+    def is_ours(self, dtype: torch.dtype, channels: int) -> bool:
+        """Whether the convolution exists and is joined: products of 1x1 convolutions are float32 alone."""
+        if self.group and channels % self.group:
+            return False
         return self.side > 1 or dtype == torch.float32
 
 
@@ -75,7 +78,8 @@ SIZES = dict(
     width=st.sampled_from([2, 3, 4, 7, 8, 13, 16, 29]),
     kernel=st.sampled_from(
         [
-            Kernel(1), Kernel(3), Kernel(3, 2), Kernel(3, 1, True), Kernel(3, 2, True), Kernel(5, 2, True)
+            Kernel(1), Kernel(3), Kernel(3, 2), Kernel(3, 1, 1), Kernel(3, 2, 1), Kernel(5, 2, 1),
+            Kernel(3, 1, 8), Kernel(3, 2, 8), Kernel(3, 1, 4), Kernel(5, 2, 2), Kernel(3, 1, 16),
         ]
     ),
     pad=st.integers(0, 2),
@@ -83,7 +87,7 @@ SIZES = dict(
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 MANY = settings(
-    max_examples=150,
+    max_examples=220,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
@@ -98,9 +102,11 @@ LARGE = [
     ((2, 32, 40, 36), 48, Kernel(3, 2)),
     ((3, 40, 15, 150), 16, Kernel(3, 2)),
     ((2, 200, 14, 12), 300, Kernel(3, 2)),
-    ((2, 72, 40, 36), 72, Kernel(3, 1, True)),
-    ((35, 80, 9, 12), 80, Kernel(5, 1, True)),
-    ((3, 32, 41, 37), 32, Kernel(3, 2, True)),
+    ((2, 72, 40, 36), 72, Kernel(3, 1, 1)),
+    ((35, 80, 9, 12), 80, Kernel(5, 1, 1)),
+    ((3, 32, 41, 37), 32, Kernel(3, 2, 1)),
+    ((2, 104, 40, 37), 104, Kernel(3, 1, 8)),
+    ((3, 48, 41, 36), 48, Kernel(3, 2, 16)),
 ]
 
 
@@ -135,10 +141,12 @@ def check_forward(
 def test_forward_on_random_shapes(
     batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, has_norm, has_bias
 ):
-    if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(dtype):
+    if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(
+        dtype, channels
+    ):
         return
     torch.manual_seed(seed)
-    out_channels = channels if kernel.is_depthwise else out_channels
+    out_channels = channels if kernel.group else out_channels
     size = (batch, channels, height, width)
     check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias, dtype)
 
@@ -227,10 +235,12 @@ def test_backward_on_random_shapes(
     batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, below_act, has_above,
     has_add, kind, beside,
 ):  # fmt: skip
-    if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(dtype):
+    if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(
+        dtype, channels
+    ):
         return
     torch.manual_seed(seed)
-    out_channels = channels if kernel.is_depthwise else out_channels
+    out_channels = channels if kernel.group else out_channels
     check_backward(
         (batch, channels, height, width), out_channels, kernel, pad, act, below_act, has_above,
         has_add, kind, beside, dtype,
@@ -242,7 +252,7 @@ def test_backward_on_random_shapes(
 def test_several_units_of_work(size, out_channels, kernel, threads):
     torch.set_num_threads(threads)
     check_forward(size, out_channels, kernel, 1, "relu", True, False)
-    if kernel.is_ours(torch.bfloat16):
+    if kernel.is_ours(torch.bfloat16, size[1]):
         args = (size, out_channels, kernel, 1)
         check_forward(*args, "silu", True, True, torch.bfloat16)
         check_backward(*args, "relu", "relu6", True, True, "bits", True, torch.bfloat16)

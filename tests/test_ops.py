@@ -243,13 +243,13 @@ def operator_inputs(name: str):
             p, places = reference.max_pool(y, *window)
             yield (y, *window) if name == "max_pool" else (p, places, y.shape[2:], *window)
         return
-    if name.startswith("depthwise_") and name != "depthwise_dgrad":
-        yield from depthwise_inputs(name, acts)
+    if name.startswith("grouped_") and name != "grouped_dgrad":
+        yield from grouped_inputs(name, acts)
         return
-    if name == "depthwise_dgrad":
+    if name == "grouped_dgrad":
         for kernel, dtype in zip((1, 3, 5), dtypes, strict=False):
             dz = lay_out(torch.randn(2, 5, 4, 3, dtype=dtype), "channels_last")
-            taps = torch.randn(kernel, kernel, 5, dtype=reference.accumulator(dtype))
+            taps = torch.randn(kernel, kernel, 1, 5, dtype=reference.accumulator(dtype))
             padding = kernel // 2
             yield (dz, taps, (8, 5), (2, 2), (padding, padding), (1, 1))
         return
@@ -376,18 +376,19 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
             yield (x, *above, *conv, None, *nothing[:6], "identity", 0.0, None, None, None)
 
 
-def depthwise_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
-    """Of depthwise convolutions, with the phases in front of them and behind them."""
-    for side, stride, act in zip((3, 5, 3), (1, 2, 2), acts, strict=False):
-        taps, x = torch.randn(side, side, 20), last(2, 20, 9, 7)
+def grouped_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
+    """Of depthwise convolutions and narrow groups, with the phases in front of them and behind them."""
+    for side, stride, width, act in zip((3, 5, 3), (1, 2, 2), (1, 1, 4), acts, strict=False):
+        taps, x = torch.randn(side, side, width, 20), last(2, 20, 9, 7)
         vectors, geometry = tuple(torch.rand(4, 20) + 0.5), ([stride] * 2, [side // 2] * 2, [1, 1])
         out = [(n - 1) // stride + 1 for n in (9, 7)]
-        if name == "depthwise_conv":
+        if name == "grouped_conv":
             yield (x, taps, torch.randn(20), *geometry)
-            yield (x.double(), taps.double(), None, *geometry)
-        elif name == "depthwise_fwd_apply":
+            if width == 1:
+                yield (x.double(), taps.double(), None, *geometry)
+        elif name == "grouped_fwd_apply":
             yield (x, *vectors, last(2, 20, *out), act, 0.01, taps, torch.randn(20), *geometry)
-        elif name == "depthwise_fwd_reduce":
+        elif name == "grouped_fwd_reduce":
             stats = (*statistics(20, torch.float32), 0.1, 1e-5)
             yield (x, *vectors, act, 0.01, taps, None, *geometry, *stats)
         else:

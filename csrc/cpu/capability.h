@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bn.h"
-#include "conv_depthwise.h"
+#include "conv_grouped.h"
 #include "conv_pointwise.h"
 #include "conv_winograd.h"
 #include "max_pool.h"
@@ -14,7 +14,7 @@ enum class Dtype : int { kFloat, kDouble, kBf16, kF16, kCount };
 struct Capability {
   const char* name;
   BnKernels bn[static_cast<int>(Dtype::kCount)];
-  DepthwiseKernels depthwise[static_cast<int>(Dtype::kCount)];
+  GroupedKernels grouped[static_cast<int>(Dtype::kCount)];
   MaxPoolKernels max_pool[static_cast<int>(Dtype::kCount)];
   WinogradKernels winograd[static_cast<int>(Dtype::kCount)];
   PointwiseKernels pointwise;   // float32

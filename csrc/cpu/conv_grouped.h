@@ -1,4 +1,5 @@
-// Depthwise convolutions and their data gradients on the CPU: arguments and the table of kernels (see bn.h for the pattern).
+// Depthwise convolutions and those of narrow groups, and their data gradients, on the CPU: arguments and the table of kernels (see bn.h
+// for the pattern).
 #pragma once
 
 #include <algorithm>
@@ -10,8 +11,11 @@ namespace bnfast {
 
 constexpr int kMostTaps = 64;   // of a kernel
 
+// Channels of a group: 1, a depthwise convolution, for all dtypes; the others, within the lanes of a block, for float32 and bfloat16.
+constexpr bool is_group_width(int64_t width) { return width == 1 || width == 2 || width == 4 || width == 8 || width == 16; }
+
 // A convolution along one side, forward or its data gradient, from `in` places to `out`.
-struct DepthwiseSide {
+struct GroupedSide {
   int64_t in, out, kernel, stride, padding, dilation;
   bool is_gradient;
 
@@ -40,30 +44,30 @@ struct DepthwiseSide {
 };
 
 // Outputs first, first + phases, ... of a row that meet the same taps: tap k of the first one meets place[k], or none where that is -1.
-struct DepthwiseRun {
+struct GroupedRun {
   int64_t first, count;
   int32_t place[kMostTaps];
 };
 
-// x [N, H, W, C] and y [N, OH, OW, C] of the sides' `in` and `out`, channels_last; taps [KH, KW, C] and bias [C] (or null) in the
-// accumulator type.
-struct DepthwiseConv {
+// x [N, H, W, C] and y [N, OH, OW, C] of the sides' `in` and `out`, channels_last, in groups of `width` channels, a power of 2 up to 16;
+// taps [KH, KW, width, C], by the channel of x within its group and the channel of y, and bias [C] (or null) in the accumulator type.
+struct GroupedConv {
   const void* x;              // or null:
   const PixelSource* source;  // what makes x, row by row of the image
   const void* taps;
   const void* bias;
   void* y;
-  int64_t channels;
-  DepthwiseSide down, across;
-  const DepthwiseRun* runs;   // all of a row
+  int64_t channels, width;
+  GroupedSide down, across;
+  const GroupedRun* runs;   // all of a row
   int64_t run_count;
   const void* behind[3];      // tensors of y's shape that are read behind these rows, or null
 };
 
-struct DepthwiseKernels {
+struct GroupedKernels {
   // The rows [begin, end) of y, counted over n and oh. scratch: with a source, reach rows of x behind its granularity() pixels, of
   // which `made` says what they hold.
-  void (*rows)(const DepthwiseConv&, int64_t begin, int64_t end, void* scratch, MadeRows& made);
+  void (*rows)(const GroupedConv&, int64_t begin, int64_t end, void* scratch, MadeRows& made);
 };
 
 }  // namespace bnfast

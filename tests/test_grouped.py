@@ -1,4 +1,4 @@
-"""Depthwise convolutions of the CPU engine, both directions, on random shapes against float64; what surrounds them is in test_joined.py."""
+"""Depthwise convolutions and narrow groups of the CPU engine, both directions, on random shapes against float64; what surrounds them is in test_joined.py."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bnfast
-from bnfast import depthwise, native, weights
+from bnfast import grouped, native, weights
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable)),
@@ -27,14 +27,15 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 @settings(
-    max_examples=150,
+    max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     batch=st.integers(1, 3),
-    channels=st.sampled_from([2, 7, 16, 24, 64, 65, 150]),
+    channels=st.sampled_from([2, 7, 16, 24, 64, 65, 104, 150]),
+    width=st.sampled_from([1, 1, 2, 4, 8, 16]),
     size=st.tuples(st.integers(1, 15), st.integers(1, 40)),
     kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     stride=pairs,
@@ -45,19 +46,26 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
     seed=st.integers(0, 2**31),
 )
 def test_both_directions_on_random_shapes(
-    poisoned_memory, batch, channels, size, kernel, stride, padding, dilation, has_bias, dtype, seed
-):
+    poisoned_memory, monkeypatch, batch, channels, width, size, kernel, stride, padding, dilation, has_bias, dtype, seed
+):  # fmt: skip
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if any(n + 2 * p < r for n, p, r in zip(size, padding, reach, strict=True)):
         return
+    if channels % width:
+        return
+    monkeypatch.setattr(grouped, "_WIDTHS_BF16", grouped._WIDTHS)
     torch.manual_seed(seed)
     x = last(batch, channels, *size, mean=1.0).to(dtype)
-    weight = (torch.randn(channels, 1, *kernel) / math.sqrt(math.prod(kernel))).to(dtype)
+    weight = (torch.randn(channels, width, *kernel) / math.sqrt(width * math.prod(kernel))).to(
+        dtype
+    )
+    if not grouped.can_serve(weight, channels // width, dtype):
+        return
     bias = torch.randn(channels).to(dtype) if has_bias else None
-    geometry = (list(stride), list(padding), list(dilation), channels)
+    geometry = (list(stride), list(padding), list(dilation), channels // width)
     wide = x.double().requires_grad_()
     oracle = F.conv2d(wide, weight.double(), None if bias is None else bias.double(), *geometry)
-    terms = math.prod(kernel) + 1
+    terms = width * math.prod(kernel) + 1
     z = native.conv_forward(x, weight, bias, *geometry)
     scale = F.conv2d(wide.abs(), weight.double().abs(), None, *geometry).detach() + 1
     assert_close_to_oracle(z, oracle.detach(), [], "z", scale=scale, terms=terms)
@@ -73,10 +81,11 @@ def test_both_directions_on_random_shapes(
             assert t.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("width", [1, 8])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thread_count_does_not_change_a_bit(threads):
-    x, weight = last(5, 72, 33, 20), torch.randn(72, 1, 5, 5)
-    conv = ([2, 2], [2, 2], [1, 1], 72)
+def test_thread_count_does_not_change_a_bit(threads, width):
+    x, weight = last(5, 72, 33, 20), torch.randn(72, width, 5, 5)
+    conv = ([2, 2], [2, 2], [1, 1], 72 // width)
 
     def results():
         z = native.conv_forward(x, weight, None, *conv)
@@ -92,18 +101,34 @@ def test_thread_count_does_not_change_a_bit(threads):
         torch.set_num_threads(before)
 
 
-def test_the_choice(monkeypatch):
-    x, weight = last(2, 16, 8, 8), torch.randn(16, 1, 3, 3)
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_choice(width, monkeypatch):
+    if width > 1 and native.cpu_capability() == "baseline":
+        pytest.skip("groups are PyTorch's there")
+    x, weight = last(2, 16, 8, 8), torch.randn(16, width, 3, 3)
     bnfast.clear_cache()
-    run = (x, weight, None, [1, 1], [1, 1], [1, 1], 16)
+    run = (x, weight, None, [1, 1], [1, 1], [1, 1], 16 // width)
     ours = native.conv_forward(*run)
-    assert set(weights.kept(weight)) == {"depthwise"}
-    monkeypatch.setattr(depthwise, "mode", "0")
+    assert set(weights.kept(weight)) == {"grouped"}
+    dx = native.conv_dgrad(ours, weight, [8, 8], *run[3:])
+    assert set(weights.kept(weight)) == {"grouped"}
+    monkeypatch.setattr(grouped, "mode", "0")
     bnfast.clear_cache()
     torch.testing.assert_close(native.conv_forward(*run), ours)
     assert set(weights.kept(weight)) == {"packed"}
-    assert not depthwise.can_serve(torch.randn(16, 2, 3, 3), 8)
-    assert not depthwise.can_serve(torch.randn(16, 1, 9, 9), 16)
+    torch.testing.assert_close(native.conv_dgrad(ours, weight, [8, 8], *run[3:]), dx)
+
+
+def test_what_is_served():
+    def served(shape, groups, dtype=torch.float32):
+        return grouped.can_serve(torch.randn(shape), groups, dtype)
+
+    assert served((16, 1, 3, 3), 16, torch.float64)
+    assert served((16, 2, 3, 3), 8) and served((32, 16, 3, 3), 2)
+    assert not served((16, 2, 3, 3), 8, torch.float64)
+    assert not served((24, 3, 3, 3), 8) and not served((64, 32, 3, 3), 2)
+    assert not served((32, 2, 3, 3), 8)  # more outputs than inputs
+    assert not served((16, 1, 9, 9), 16)
 
 
 def test_taps_follow_the_weight():
@@ -125,16 +150,19 @@ def test_taps_follow_the_weight():
         (dict(x=torch.zeros(2, 4, 1, 8), padding=[0, 0]), "does not fit"),
         (dict(bias=torch.zeros(5)), "bias is"),
         (dict(stride=[0, 1]), "x is"),
-        (dict(taps=torch.zeros(9, 9, 4), padding=[4, 4]), "81 taps"),
+        (dict(taps=torch.zeros(9, 9, 1, 4), padding=[4, 4]), "81 taps"),
+        (dict(taps=torch.zeros(3, 3, 4)), "taps"),
+        (dict(taps=torch.zeros(3, 3, 3, 4)), "groups of 3"),
+        (dict(taps=torch.zeros(3, 3, 8, 4)), "groups of 8"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_does_not_fit_is_refused(change, message):
     arguments = dict(
-        x=torch.zeros(2, 4, 8, 8), taps=torch.zeros(3, 3, 4), bias=None, stride=[1, 1], padding=[1, 1]
+        x=torch.zeros(2, 4, 8, 8), taps=torch.zeros(3, 3, 1, 4), bias=None, stride=[1, 1], padding=[1, 1]
     ) | change  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.bnfast.depthwise_conv(*arguments.values(), [1, 1])
+        torch.ops.bnfast.grouped_conv(*arguments.values(), [1, 1])
 
 
 def test_empty_batch():

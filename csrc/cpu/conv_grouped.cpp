@@ -1,4 +1,4 @@
-// Depthwise convolutions and their data gradients as operators: alone, and with the BatchNorm phases in front of them and behind them.
+// Depthwise convolutions and those of narrow groups, and their data gradients, as operators: alone, and with the BatchNorm phases in front of them and behind them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -22,30 +22,35 @@ constexpr int64_t kAlignment = 64;   // of scratch memory, in bytes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A depthwise convolution cut into units of rows of an image. Every output is one sum in one order: how the work is cut changes no bit.
-class Depthwise {
+// A convolution cut into units of rows of an image. Every output is one sum in one order: how the work is cut changes no bit.
+class Grouped {
  public:
   Tensor y;
 
   // x: of the input's sizes. output_size: of what is made of it.
-  Depthwise(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef output_size, at::IntArrayRef stride,
+  Grouped(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef output_size, at::IntArrayRef stride,
             at::IntArrayRef padding, at::IntArrayRef dilation, bool is_gradient)
       : taps_(taps) {
     const auto acc = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && taps.size(2) == x.size(1) && taps.is_contiguous() && taps.scalar_type() == acc,
+    TORCH_CHECK(x.dim() == 4 && taps.dim() == 4 && taps.size(3) == x.size(1) && taps.is_contiguous() && taps.scalar_type() == acc,
                 "bnfast: x is of shape ", x.sizes(), " and taps ", taps.scalar_type(), " ", taps.sizes(), "; [N, C, H, W] and ", acc,
-                " [KH, KW, C] are needed");
+                " [KH, KW, C / groups, C] are needed");
+    const bool is_wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+    TORCH_CHECK(is_group_width(taps.size(2)) && x.size(1) % taps.size(2) == 0 && (taps.size(2) == 1 || is_wide), "bnfast: x is ",
+                x.scalar_type(), " ", x.sizes(), " in groups of ", taps.size(2), " channels; 1, or of float32 and bfloat16 2, 4, 8 and 16, are "
+                "allowed, which are to divide C");
     TORCH_CHECK(taps.size(0) * taps.size(1) <= kMostTaps, "bnfast: the kernel has ", taps.size(0) * taps.size(1),
                 " taps; at most ", kMostTaps);
     TORCH_CHECK(output_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && stride[0] > 0 &&
                     stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0,
                 "bnfast: stride is ", stride, ", padding ", padding, " and dilation ", dilation, "; pairs are needed, and at least 1");
     const auto side = [&](int i) {
-      return DepthwiseSide{x.size(2 + i), output_size[i], taps.size(i), stride[i], padding[i], dilation[i], is_gradient};
+      return GroupedSide{x.size(2 + i), output_size[i], taps.size(i), stride[i], padding[i], dilation[i], is_gradient};
     };
     d_.down = side(0);
     d_.across = side(1);
     d_.channels = x.size(1);
+    d_.width = taps.size(2);
     d_.taps = taps.const_data_ptr();
     if (bias) {
       TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(1), "bnfast: bias is of shape ", bias->sizes(), "; [", x.size(1),
@@ -55,7 +60,7 @@ class Depthwise {
     }
     y = at::empty({x.size(0), x.size(1), output_size[0], output_size[1]}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
     d_.y = y.mutable_data_ptr();
-    rows_ = cpu_capability().depthwise[static_cast<int>(dtype_of(x))].rows;
+    rows_ = cpu_capability().grouped[static_cast<int>(dtype_of(x))].rows;
     find_runs();
     const int64_t height = std::max<int64_t>(1, d_.down.out), row = std::max<int64_t>(1, d_.across.out * d_.channels * y.element_size());
     const int64_t most = std::clamp(kUnitBytes / row, std::min(kFewestRows, height), height);
@@ -104,11 +109,11 @@ class Depthwise {
   int64_t row(int64_t unit) const { return unit / pieces_ * d_.down.out + std::min(d_.down.out, unit % pieces_ * rows_per_unit_); }
 
   void find_runs() {
-    const DepthwiseSide& across = d_.across;
+    const GroupedSide& across = d_.across;
     const int64_t phases = across.phases();
     for (int64_t phase = 0; phase < std::min(phases, across.out); ++phase) {
       for (int64_t w = phase; w < across.out; w += phases) {
-        DepthwiseRun run = {w, 1, {}};
+        GroupedRun run = {w, 1, {}};
         for (int64_t k = 0; k < across.kernel; ++k) run.place[k] = static_cast<int32_t>(across.place(w, k));
         if (w > phase && continues(runs_.back(), run)) ++runs_.back().count;
         else runs_.push_back(run);
@@ -117,7 +122,7 @@ class Depthwise {
     d_.runs = runs_.data();
     d_.run_count = static_cast<int64_t>(runs_.size());
   }
-  bool continues(const DepthwiseRun& run, const DepthwiseRun& next) const {
+  bool continues(const GroupedRun& run, const GroupedRun& next) const {
     for (int64_t k = 0; k < d_.across.kernel; ++k) {
       if ((run.place[k] < 0) != (next.place[k] < 0)) return false;
     }
@@ -129,10 +134,10 @@ class Depthwise {
     MadeRows made;
   };
 
-  DepthwiseConv d_ = {};
-  void (*rows_)(const DepthwiseConv&, int64_t, int64_t, void*, MadeRows&);
+  GroupedConv d_ = {};
+  void (*rows_)(const GroupedConv&, int64_t, int64_t, void*, MadeRows&);
   mutable std::vector<Progress> threads_;
-  std::vector<DepthwiseRun> runs_;
+  std::vector<GroupedRun> runs_;
   Tensor x_, taps_, bias_, scratch_;
   char* aligned_ = nullptr;
   int64_t rows_per_unit_, pieces_, units_, bytes_ = 0;
@@ -140,9 +145,9 @@ class Depthwise {
 
 std::vector<int64_t> output_size(const Tensor& x, const Tensor& taps, at::IntArrayRef stride, at::IntArrayRef padding,
                                  at::IntArrayRef dilation) {
-  TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "bnfast: x is of shape ",
+  TORCH_CHECK(x.dim() == 4 && taps.dim() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "bnfast: x is of shape ",
               x.sizes(), ", taps ", taps.sizes(), ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
-              "; [N, C, H, W], [KH, KW, C] and pairs are needed");
+              "; [N, C, H, W], [KH, KW, C / groups, C] and pairs are needed");
   std::vector<int64_t> sizes;
   for (int i = 0; i < 2; ++i) {
     const int64_t rest = x.size(2 + i) + 2 * padding[i] - dilation[i] * (taps.size(i) - 1) - 1;
@@ -153,48 +158,48 @@ std::vector<int64_t> output_size(const Tensor& x, const Tensor& taps, at::IntArr
   return sizes;
 }
 
-Tensor depthwise_conv(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+Tensor grouped_conv(const Tensor& x, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                       at::IntArrayRef dilation) {
   const PoolScope pooled;
-  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  Grouped conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
   conv.set_input(x);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
 }
 
-Tensor depthwise_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+Tensor grouped_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
                            const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
                            const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation) {
   const PoolScope pooled;
-  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  Grouped conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
   conv.set_input(x);
   return applied_behind(conv, mean, rstd, gamma, beta, residual, act, slope);
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_fwd_reduce(
+std::tuple<Tensor, Tensor, Tensor> grouped_fwd_reduce(
     const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
     c10::string_view act, double slope, const Tensor& taps, const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
     std::optional<double> momentum, double eps) {
   const PoolScope pooled;
-  Depthwise conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
+  Grouped conv(x, taps, bias, output_size(x, taps, stride, padding, dilation), stride, padding, dilation, false);
   std::optional<Normalised> source;
   if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
   else conv.set_input(x);
   return reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
 }
 
-Tensor depthwise_dgrad(const Tensor& dz, const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
+Tensor grouped_dgrad(const Tensor& dz, const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation) {
   const PoolScope pooled;
-  Depthwise conv(dz, taps, std::nullopt, input_size, stride, padding, dilation, true);
+  Grouped conv(dz, taps, std::nullopt, input_size, stride, padding, dilation, true);
   conv.set_input(dz);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_dgrad_reduce(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_dgrad_reduce(
     const Tensor& dy, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& dgamma, const OptionalTensor& dbeta, c10::string_view act, double slope,
     const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -202,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_dgrad_reduce(
     const OptionalTensor& rstd_below, const OptionalTensor& gamma_below, const OptionalTensor& beta_below, c10::string_view act_below,
     double slope_below, const OptionalTensor& z_beside, const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
   const PoolScope pooled;
-  Depthwise conv(dy, taps, std::nullopt, input_size, stride, padding, dilation, true);
+  Grouped conv(dy, taps, std::nullopt, input_size, stride, padding, dilation, true);
   check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
   if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
@@ -214,11 +219,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_dgrad_reduce(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
-  m.impl("depthwise_conv", &depthwise_conv);
-  m.impl("depthwise_fwd_apply", &depthwise_fwd_apply);
-  m.impl("depthwise_fwd_reduce", &depthwise_fwd_reduce);
-  m.impl("depthwise_dgrad", &depthwise_dgrad);
-  m.impl("depthwise_dgrad_reduce", &depthwise_dgrad_reduce);
+  m.impl("grouped_conv", &grouped_conv);
+  m.impl("grouped_fwd_apply", &grouped_fwd_apply);
+  m.impl("grouped_fwd_reduce", &grouped_fwd_reduce);
+  m.impl("grouped_dgrad", &grouped_dgrad);
+  m.impl("grouped_dgrad_reduce", &grouped_dgrad_reduce);
 }
 
 }  // namespace bnfast
