@@ -445,7 +445,7 @@ def bn_fwd_apply_max_pool(z, norm, act, slope, *window):
 
 
 def max_pool_backward_bn_bwd_reduce(dp, places, z, norm, act, slope, *window):
-    """See reference.max_pool_backward_bn_bwd_reduce: dy is made a few rows at a time."""
+    """See reference.max_pool_backward_bn_bwd_reduce: z is picked where the maxima lie, a few pixels at a time."""
     if joins_pool(z):
         return torch.ops.bnfast.max_pool_backward_bn_bwd_reduce.default(
             dp, places, z, *norm, act, slope, *window

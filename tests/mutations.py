@@ -772,10 +772,17 @@ MUTATIONS = [
     ),
     Mutation(
         "max_pool",
-        "joined: dy's pixels counted from the row's beginning",
+        "joined: picked one row of the window too low",
+        MAX_POOL,
+        "place == Block<A>((i - h) * d.kernel_width + j - w)",
+        "place == Block<A>((i - h + 1) * d.kernel_width + j - w)",
+    ),
+    Mutation(
+        "max_pool",
+        "joined: what is picked lies at the beginning",
         MAX_POOL_OPERATORS,
-        "return own->first() + (begin - first * whole.width) * pixel_bytes;",
-        "return own->first();",
+        "d.p = own->first() - begin * pixel_bytes;",
+        "d.p = own->first();",
     ),
     Mutation(
         "conv_fwd_apply",

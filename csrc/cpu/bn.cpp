@@ -698,11 +698,11 @@ struct Sums {
   }
 };
 
-using MakeDy = c10::function_ref<const void*(int64_t begin, int64_t end)>;
+using MakeZ = c10::function_ref<const void*(int64_t begin, int64_t end)>;
 
-// make, where given, makes the pixels of dy.
+// make, where given, makes the pixels of z.
 template <class A>
-std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd, const MakeDy* make = nullptr) {
+std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd, const MakeZ* make = nullptr) {
   const Layout& l = b.layout;
   const BnKernels& kernels = kernels_for(b.z);
   Sums<A> sums(b, rstd);
@@ -714,7 +714,7 @@ std::tuple<Tensor, Tensor> reduce(const Backward& b, const Tensor& rstd, const M
     for_units(units.units(), [&](int64_t u) {
       const RowSpan span = units.span(u);
       BnTensors t = b.tensors;
-      if (make) t.dy = at_element((*make)(span.begin / l.channels, ceil_div(span.end, l.channels)), span.begin, b.z);
+      if (make) t.z = at_element((*make)(span.begin / l.channels, ceil_div(span.end, l.channels)), span.begin, b.z);
       kernels.bwd_reduce_rows(t, span, first + u * l.length, second + u * l.length);
     });
     for_partials<A>(l, units, partials, [&](A db, A db_z, int64_t, int64_t c) { sums.add(db, db_z, c); });
@@ -897,11 +897,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_before(const Tensor& dy, const Tensor&
   return {dgamma, dbeta, dresidual};
 }
 
-std::tuple<Tensor, Tensor> bn_bwd_reduce_of(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
-                                            const OptionalTensor& beta, c10::string_view act, double slope, MakeDy make) {
-  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
-  pixel_layout(z);
-  return reduce<float>(Backward(z, z, mean, rstd, gamma, beta, std::nullopt, std::nullopt, std::nullopt, std::nullopt, act, slope),
+std::tuple<Tensor, Tensor> bn_bwd_reduce_of(const Tensor& dy_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                                            const OptionalTensor& beta, c10::string_view act, double slope, MakeZ make) {
+  const Tensor dy = dy_in.contiguous(at::MemoryFormat::ChannelsLast);
+  pixel_layout(dy);
+  // dy stands for z, which is like it.
+  return reduce<float>(Backward(dy, dy, mean, rstd, gamma, beta, std::nullopt, std::nullopt, std::nullopt, std::nullopt, act, slope),
                        rstd, &make);
 }
 

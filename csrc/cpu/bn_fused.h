@@ -97,9 +97,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_bwd_before(
     OptionalTensor beta, OptionalTensor residual, OptionalTensor bits, c10::string_view act, double slope, bool want_dresidual,
     c10::function_ref<void(const PixelSource&)> consume);
 
-// bn_bwd_reduce of a dy that is made while it is needed: make(begin, end) returns the pixels [begin, end), which any thread may ask
-// for once, and which it reads before it asks again. Returns dgamma, dbeta.
-std::tuple<at::Tensor, at::Tensor> bn_bwd_reduce_of(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd,
+// bn_bwd_reduce of a z that is made while it is needed: make(begin, end) returns the pixels [begin, end) of what is like dy, which any
+// thread may ask for once, and which it reads before it asks again. Returns dgamma, dbeta.
+std::tuple<at::Tensor, at::Tensor> bn_bwd_reduce_of(const at::Tensor& dy, const at::Tensor& mean, const at::Tensor& rstd,
                                                     const OptionalTensor& gamma, const OptionalTensor& beta, c10::string_view act,
                                                     double slope,
                                                     c10::function_ref<const void*(int64_t begin, int64_t end)> make);

@@ -154,28 +154,31 @@ Tensor max_pool_backward(const Tensor& dp_in, const Tensor& places_in, at::IntAr
 }
 
 std::tuple<Tensor, Tensor> max_pool_backward_bn_bwd_reduce(
-    const Tensor& dp_in, const Tensor& places_in, const Tensor& z, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+    const Tensor& dp_in, const Tensor& places_in, const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
     const OptionalTensor& beta, c10::string_view act, double slope, at::IntArrayRef kernel, at::IntArrayRef stride,
     at::IntArrayRef padding) {
   const PoolScope pooled;
-  TORCH_CHECK(z.dim() == 4 && dp_in.dim() == 4 && dp_in.scalar_type() == z.scalar_type() && dp_in.sizes().slice(0, 2) == z.sizes().slice(0, 2),
-              "bnfast: dp is ", dp_in.scalar_type(), " ", dp_in.sizes(), " and z ", z.scalar_type(), " ", z.sizes(),
+  TORCH_CHECK(z_in.dim() == 4 && dp_in.dim() == 4 && dp_in.scalar_type() == z_in.scalar_type() &&
+                  dp_in.sizes().slice(0, 2) == z_in.sizes().slice(0, 2),
+              "bnfast: dp is ", dp_in.scalar_type(), " ", dp_in.sizes(), " and z ", z_in.scalar_type(), " ", z_in.sizes(),
               "; N, C and the dtype must be the same");
-  check_pooled(dp_in, places_in, z.sizes().slice(2));
+  check_pooled(dp_in, places_in, z_in.sizes().slice(2));
   const Tensor dp = dp_in.contiguous(at::MemoryFormat::ChannelsLast), places = places_in.contiguous(at::MemoryFormat::ChannelsLast);
-  const MaxPool whole = backward_arguments(dp, places, z.sizes(), kernel, stride, padding);
-  const auto run = kernels_for(dp).backward_rows;
-  const int64_t pixel_bytes = whole.channels * z.element_size(), row = whole.width * pixel_bytes;
+  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
+  MaxPool whole = backward_arguments(dp, places, z.sizes(), kernel, stride, padding);
+  whole.y = z.const_data_ptr();
+  const auto pick = kernels_for(dp).pick;
+  const int64_t pixel_bytes = whole.channels * z.element_size();
   // Grows to what a unit needs, once per thread.
   std::vector<std::unique_ptr<Rows>> made(at::get_num_threads());
-  return bn_bwd_reduce_of(z, mean, rstd, gamma, beta, act, slope, [&](int64_t begin, int64_t end) -> const void* {
-    const int64_t first = begin / whole.width, last = (end + whole.width - 1) / whole.width;
+  // An element that several windows have in common gets the sum of their gradients: it may as well be counted for each.
+  return bn_bwd_reduce_of(dp, mean, rstd, gamma, beta, act, slope, [&](int64_t begin, int64_t end) -> const void* {
     auto& own = made[at::get_thread_num()];
-    if (!own || own->count() < last - first) own = std::make_unique<Rows>(last - first, row, 0);
+    if (!own || own->count() < end - begin) own = std::make_unique<Rows>(end - begin, pixel_bytes, 0);
     MaxPool d = whole;
-    d.dy = own->first() - first * row;
-    run(d, first, last);
-    return own->first() + (begin - first * whole.width) * pixel_bytes;
+    d.p = own->first() - begin * pixel_bytes;
+    pick(d, begin, end);
+    return own->first();
   });
 }
 

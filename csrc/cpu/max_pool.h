@@ -8,8 +8,8 @@ namespace bnfast {
 // y [N, H, W, C], p and places [N, OH, OW, C], channels_last. places: where in its window each maximum lies, counted along the
 // window's rows.
 struct MaxPool {
-  const void* y;      // forward
-  void* p;            // forward
+  const void* y;      // forward, pick
+  void* p;            // forward, pick
   const void* dp;     // backward
   void* dy;           // backward
   uint8_t* places;
@@ -22,6 +22,8 @@ struct MaxPoolKernels {
   void (*forward_rows)(const MaxPool&, int64_t begin, int64_t end);
   // The rows [begin, end) of dy, counted over n and h.
   void (*backward_rows)(const MaxPool&, int64_t begin, int64_t end);
+  // The pixels [begin, end) of p, counted over n and the plane: what y holds where the maxima lie that places names.
+  void (*pick)(const MaxPool&, int64_t begin, int64_t end);
 };
 
 }  // namespace bnfast

@@ -1,6 +1,7 @@
 // Max-pooling with one byte per pooled element for the way back, channels_last.
 //   max_pool           [read y, write p and 1 byte]   windows overlap in the cache
 //   max_pool_backward  [read dp and 1 byte, write dy] each dy gathers from the windows that it lies in, in their order
+//   max_pool_pick      [read z and 1 byte, write 1 value per pooled element] windows overlap in the cache
 #pragma once
 
 #include <algorithm>
@@ -91,8 +92,31 @@ void max_pool_backward_rows(const MaxPool& d, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void max_pool_pick(const MaxPool& d, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    const int64_t row = pixel / d.out_width, h = row % d.out_height * d.stride_height - d.padding_height;
+    const int64_t w = pixel % d.out_width * d.stride_width - d.padding_width;
+    const T* image = static_cast<const T*>(d.y) + row / d.out_height * d.height * d.width * d.channels;
+    const int64_t h_begin = std::max<int64_t>(0, h), h_end = std::min(d.height, h + d.kernel_height);
+    const int64_t w_begin = std::max<int64_t>(0, w), w_end = std::min(d.width, w + d.kernel_width);
+    for_blocks(d.channels, [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
+      const Block<A> place = load_places<A>(d.places + pixel * d.channels + c, lanes_of(lanes));
+      Block<A> picked(0);
+      for (int64_t i = h_begin; i < h_end; ++i) {
+        for (int64_t j = w_begin; j < w_end; ++j) {
+          const auto is_here = place == Block<A>((i - h) * d.kernel_width + j - w);
+          picked = select(is_here, load(image + (i * d.width + j) * d.channels + c, lanes), picked);
+        }
+      }
+      store(static_cast<T*>(d.p) + pixel * d.channels + c, picked, lanes);
+    });
+  }
+}
+
+template <class T>
 constexpr MaxPoolKernels max_pool_kernels() {
-  return {max_pool_rows<T>, max_pool_backward_rows<T>};
+  return {max_pool_rows<T>, max_pool_backward_rows<T>, max_pool_pick<T>};
 }
 
 }  // namespace bnfast::BNFAST_NAMESPACE
