@@ -271,6 +271,43 @@ def bn_fwd_apply_conv_fwd_reduce(
     return z, mean, rstd
 
 
+def joins_squeeze(x, weight, stride, padding, groups, weight_below):
+    """See reference.joins_squeeze: float32, a product behind a grouped convolution."""
+    return (
+        x.dtype == torch.float32
+        and groups == 1
+        and weight.shape[2:] == (1, 1)
+        and weight_below.dim() == 4
+        and weight_below.shape[0] > weight_below.shape[1]
+        and _runs_as_pointwise(x, weight, stride, padding, groups)
+    )
+
+
+def se_fwd_reduce(z, norm, act, slope):
+    """See reference.se_fwd_reduce."""
+    return torch.ops.bnfast.se_fwd_reduce.default(z, *norm, act, slope)
+
+
+def bn_fwd_apply_se_conv_fwd_reduce(
+    z, norm, act, slope, gate, weight, bias, stride, padding, dilation, groups, *stats
+):
+    """See reference.bn_fwd_apply_se_conv_fwd_reduce, for what `joins_squeeze` says yes to."""
+    packed = _pointwise_weight(weight)
+    return torch.ops.bnfast.pointwise_fwd_reduce.default(
+        z, *norm, act, slope, packed, bias, weight.shape[0], *stats, gate
+    )
+
+
+def se_bwd_sums(dy, z, norm, act, slope):
+    """See reference.se_bwd_sums."""
+    return torch.ops.bnfast.se_bwd_sums.default(dy, z, *norm, act, slope)
+
+
+se_gate = reference.se_gate
+se_bwd_gate = reference.se_bwd_gate
+se_bwd_norm = reference.se_bwd_norm
+
+
 def _conv_fwd_reduce_joined(
     norm, act, slope, x, weight, bias, stride, padding, dilation, groups, *stats
 ):
@@ -292,7 +329,7 @@ def _conv_fwd_reduce_joined(
 
 def bn_bwd_apply_conv_dgrad_reduce(
     dy, above, above_act, above_slope, source, source_act, source_slope, weight, input_size, stride,
-    padding, dilation, groups, add, below, below_act, below_slope, beside,
+    padding, dilation, groups, add, below, below_act, below_slope, beside, gate=None, shift=None,
 ):  # fmt: skip
     """See reference.bn_bwd_apply_conv_dgrad_reduce, for the convolutions of `fuses_chain`: dz is made row by row, dx taken up piece
     by piece."""
@@ -304,7 +341,18 @@ def bn_bwd_apply_conv_dgrad_reduce(
     if groups > 1:
         taps = _taps_of_dgrad(weight, dy.dtype)
         dx, *sums = torch.ops.bnfast.grouped_dgrad_reduce.default(
-            dy, *state, above_act, above_slope, taps, input_size, stride, padding, dilation, *rest
+            dy,
+            *state,
+            above_act,
+            above_slope,
+            taps,
+            input_size,
+            stride,
+            padding,
+            dilation,
+            *rest,
+            gate,
+            shift,
         )
     elif weight.shape[2] == 1:
         packed = _transposed_pointwise_weight(weight)
@@ -580,6 +628,14 @@ def _fake_conv_fwd_reduce(x, weight, bias, stride, padding, dilation, groups, *s
     return z, *_fake_bn_fwd_reduce(z)
 
 
+def _fake_se_fwd_reduce(z, mean, rstd, gamma, beta, act, slope):
+    return z.new_empty(z.shape[:2])
+
+
+def _fake_se_bwd_sums(dy, z, mean, rstd, gamma, beta, act, slope):
+    return z.new_empty((z.shape[0], 5, z.shape[1]))
+
+
 def _fake_se_bwd_reduce(dy, z, mean, rstd, gamma, beta, act, slope):
     return z.new_empty(z.shape[:2], dtype=accumulator(z.dtype))
 
@@ -605,7 +661,7 @@ def _fake_grouped_dgrad_reduce(dy, *args):
     taps, *rest = args[9:]
     dx = _fake_grouped_dgrad(dy, taps, *rest[:4])
     below = 0 if rest[5] is None else dx.shape[1]
-    beside = 0 if rest[-3] is None else below
+    beside = 0 if rest[13] is None else below
     return dx, *_fake_vectors(dx, below, 2), *_fake_vectors(dx, beside, 2)
 
 
@@ -657,9 +713,9 @@ def _fake_vectors(like, channels, count):
     return tuple(like.new_empty(channels, dtype=torch.float32) for _ in range(count))
 
 
-def _fake_fwd_reduce(conv):
+def _fake_fwd_reduce(conv, geometry):
     def fake(x, mean, rstd, gamma, beta, act, slope, weights, bias, out_channels, *rest):
-        z = conv(x, weights, bias, out_channels, *rest[:-5])
+        z = conv(x, weights, bias, out_channels, *rest[:geometry])
         return z, *_fake_vectors(z, out_channels, 2)
 
     return fake
@@ -786,11 +842,11 @@ if unavailable is None:
         ("pointwise_bwd_reduce_apply_dgrad", _fake_pointwise_bwd_reduce_apply_dgrad),
         ("pointwise_spread", _fake_pointwise_spread),
         ("pointwise_fwd_apply", _fake_fwd_apply(_fake_pointwise_conv)),
-        ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv)),
+        ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv, 0)),
         ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_dgrad, 0)),
         ("winograd_conv", _fake_winograd_conv),
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
-        ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv)),
+        ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv, 2)),
         ("winograd_dgrad", _fake_winograd_dgrad),
         ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_dgrad, 3)),
         ("bn_fwd_apply_max_pool", _fake_bn_fwd_apply_max_pool),
@@ -806,6 +862,8 @@ if unavailable is None:
         ("bn_bwd_reduce_apply", _fake_bn_bwd_reduce_apply),
         ("bn_bwd_reduce_apply_", _fake_bn_bwd_reduce_apply_),
         ("se_bwd_reduce", _fake_se_bwd_reduce),
+        ("se_fwd_reduce", _fake_se_fwd_reduce),
+        ("se_bwd_sums", _fake_se_bwd_sums),
     ):
         torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
 

@@ -356,6 +356,7 @@ class _Forward:
         # Eight tensors per unit, see `_Backward.state`; five per squeeze and excitation.
         self.saved: list[Tensor | None] = []
         self.saved_squeeze: list[Tensor | None] = []
+        self.gate: Tensor | None = None  # of the unit that runs, where its convolution applies it
         self.input_sizes: list[torch.Size] = []
         self.shares: list = []
         self.dropped: list[int] = []
@@ -371,9 +372,12 @@ class _Forward:
         for i, spec in enumerate(self.specs):
             x = outputs[spec.source]
             self.input_sizes.append(x.shape[2:])
-            if spec.squeeze is not None:
+            is_gated = spec.squeeze is not None and spec.source in self.waiting
+            if is_gated:
+                self.gate = self.gate_of(x, spec, next(squeezes))
+            elif spec.squeeze is not None:
                 x = self.squeeze(x, spec, next(squeezes))
-            self.joins.append(self.fuses(i, x))
+            self.joins.append(is_gated or self.fuses(i, x))
             outputs[i] = self.unit(i, spec, x)
             for k in (spec.source, spec.residual_source):
                 if k is not None and k >= 0 and self.readers[k][-1] == i:
@@ -389,6 +393,14 @@ class _Forward:
         kept = None if spec.source in self.recomputable else x
         self.saved_squeeze += (reduce, expand, hidden, gate, kept)
         return y
+
+    def gate_of(self, z: Tensor, spec: _Spec, at: int) -> Tensor:
+        """The gate [N, J] of squeeze and excitation of a unit's output, which its convolution makes of z."""
+        reduce, _, expand, _ = tensors = self.tensors[at : at + 4]
+        mean = self.phases.se_fwd_reduce(z, *self.waiting[spec.source])
+        hidden, gate = self.phases.se_gate(mean, *tensors, *spec.squeeze)
+        self.saved_squeeze += (reduce, expand, hidden, gate, None)
+        return gate
 
     def unit(self, i: int, spec: _Spec, x: Tensor) -> Tensor:
         """The output of unit i, or its z where it waits."""
@@ -499,9 +511,15 @@ class _Forward:
         if before is None and residual_norm is None and not may_wait:
             return phases.conv_fwd_reduce_apply(x, *conv, *stats, *affine)
         norm, before_act, before_slope = before or (None, "identity", 0.0)
-        z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
-            x, norm, before_act, before_slope, *conv, *stats
-        )
+        if self.gate is None:
+            z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
+                x, norm, before_act, before_slope, *conv, *stats
+            )
+        else:
+            gate, self.gate = self.gate, None
+            z, mean, rstd = phases.bn_fwd_apply_se_conv_fwd_reduce(
+                x, norm, before_act, before_slope, gate, *conv, *stats
+            )
         norm = Norm(mean, rstd, gamma, beta)
         if may_wait and self.readers_apply(i, z):
             self.waiting[i] = (norm, act, slope)
@@ -530,7 +548,9 @@ class _Forward:
             return False
         for reader in readers:
             spec = self.specs[reader]
-            if not spec.is_fusable or self.tensors[8 * reader] is None:
+            is_squeezed = spec.has_own_statistics and readers == [reader] and spec.source == i
+            is_joinable = spec.is_fusable or is_squeezed
+            if not is_joinable or self.tensors[8 * reader] is None:
                 return False
             if spec.residual_source == i and (
                 len(readers) > 1 or own.act != "identity" or spec.act in SMOOTH_ACTS
@@ -542,8 +562,22 @@ class _Forward:
     def readers_apply(self, i: int, z: Tensor) -> bool:
         """Whether those that could do: z is unit i's, which is what they would read."""
         return all(
-            self.specs[reader].residual_source == i or self.fuses(reader, z)
+            self.specs[reader].residual_source == i
+            or self.fuses(reader, z)
+            or self.squeezes(reader, i, z)
             for reader in self.readers[i]
+        )
+
+    def squeezes(self, reader: int, i: int, z: Tensor) -> bool:
+        """Whether squeeze and excitation of unit i's output is joined with unit i, whose z is this, and with its reader."""
+        spec, weight = self.specs[reader], self.tensors[8 * reader]
+        below = self.tensors[8 * i]
+        return (
+            spec.squeeze is not None
+            and spec.pool is None
+            and self.joins[i]
+            and self.fuses.convolution(reader, z)
+            and self.phases.joins_squeeze(z, weight, spec.stride, spec.padding, spec.groups, below)
         )
 
 
@@ -558,15 +592,15 @@ class _Fuses:
         """Unit i; x is its input, or the z of which that is made."""
         answer = self.answers.get(i)
         if answer is None:
-            weight, spec = self.tensors[8 * i], self.specs[i]
-            answer = self.answers[i] = (
-                weight is not None
-                and spec.is_fusable
-                and self.phases.fuses_chain(
-                    x, weight, spec.stride, spec.padding, spec.dilation, spec.groups
-                )
-            )
+            answer = self.answers[i] = self.specs[i].is_fusable and self.convolution(i, x)
         return answer
+
+    def convolution(self, i: int, x: Tensor) -> bool:
+        """As the call, of unit i's convolution alone."""
+        weight, spec = self.tensors[8 * i], self.specs[i]
+        return weight is not None and self.phases.fuses_chain(
+            x, weight, spec.stride, spec.padding, spec.dilation, spec.groups
+        )
 
     def gram(self, i: int, x: Tensor) -> bool:
         """Whether unit i, which is not to wait, goes without z: by the statistics of its input, which is recomputable."""
@@ -611,6 +645,8 @@ class _Backward:
         self.ours = [False] * (count + 1)
         # (dgamma, dbeta) of units whose bn_bwd_reduce a convolution above has done.
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        # (gate, shift) of units whose output's gradient is what flows times gate plus shift.
+        self.gated: dict[int, tuple[Tensor, Tensor]] = {}
         self.masked: set[int] = set()  # units of whose gradient a convolution above has made db
         self.grads: list[Tensor | None] = [None] * len(self.needs)
 
@@ -687,7 +723,9 @@ class _Backward:
             else:
                 self.flow(r, dresidual, want or self.ours[i])
         self.gives(i, sums)
-        if joins:
+        if joins and squeeze is not None:
+            self.below_squeeze(i, spec, squeeze, conv, *dx)
+        elif joins:
             self.below(i, spec, conv, *dx)
         elif needs_input:
             self.flow_through(i, spec, squeeze, dx)
@@ -771,15 +809,35 @@ class _Backward:
                 r = target.residual_source
                 if r is not None and self.takes_db(r, bits is not None or target.act == "identity"):
                     beside = Beside(*self.state(r)[3:6])
+        gate = self.gated.pop(i, ())
         dx, sums, sums_beside = self.phases.bn_bwd_apply_conv_dgrad_reduce(
             dy, above, act, spec.slope, source, source_act, source_slope, *conv, self.flowing[k],
-            below, target.act, target.slope, beside,
+            below, target.act, target.slope, beside, *gate,
         )  # fmt: skip
         if sums is not None:
             self.known[k] = sums
         if sums_beside is not None:
             self.known[r] = sums_beside
         self.flowing[k], self.ours[k] = dx, True
+
+    def below_squeeze(
+        self, i: int, spec: _Spec, squeeze: tuple, conv: tuple, dy: Tensor, above: Above, act: str
+    ) -> None:
+        """The data gradient of unit i, whose input is gated, and bn_bwd_reduce of the unit in front of the squeeze: its dy is not
+        made, but by the data gradient below."""
+        k = spec.source
+        self.remaining[k] -= 1
+        dx, _, _ = self.phases.bn_bwd_apply_conv_dgrad_reduce(
+            dy, above, act, spec.slope, None, "identity", 0.0, *conv, None, None, "identity", 0.0, None
+        )  # fmt: skip
+        reduce, expand, hidden, gate, _ = squeeze
+        target, (z, *norm) = self.specs[k], self.source(k)
+        sums = self.phases.se_bwd_sums(dx, z, Norm(*norm), target.act, target.slope)
+        shift = self.phases.se_bwd_gate(
+            sums[:, 0], hidden, gate, reduce, expand, *spec.squeeze, math.prod(z.shape[2:])
+        )
+        self.known[k] = self.phases.se_bwd_norm(sums, gate, shift, norm[1])
+        self.flowing[k], self.ours[k], self.gated[k] = dx, True, (gate, shift)
 
     def takes_db(self, r: int, is_db: bool) -> bool:
         """Whether unit r's gradient is nothing but the db of the one unit that reads it."""

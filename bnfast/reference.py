@@ -597,13 +597,18 @@ def bn_bwd_apply_conv_dgrad_reduce(
     below_act: str,
     below_slope: float,
     beside: Beside | None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """bn_bwd_apply, conv_dgrad, a sum, and bn_bwd_reduce of the unit below: (dx + add, its (dgamma, dbeta), those of the unit
     beside it), each None where there is no such unit.
 
     Without above dy is dz; with source the convolution is one of equations (16) to (20), and dx that of (20). Where the unit below
-    has bits, what is returned is its db, the gradient of its residual too.
+    has bits, what is returned is its db, the gradient of its residual too. With gate and shift [N, C], of squeeze and excitation behind the
+    unit, its output's gradient is dy gate + shift.
     """
+    if gate is not None:
+        dy = torch.addcmul(shift[:, :, None, None], dy, gate[:, :, None, None])
     if source is not None:
         dx = _dgrad_without_z(dy, above, source, source_act, source_slope, weight)
     else:
@@ -652,16 +657,74 @@ def se_fwd(
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h [N, S], g [N, J]) by equation (13); reduce_weight [S, J, 1, 1], expand_weight [J, S, 1, 1], all in the dtype of x."""
+    convs = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    h, g = se_gate(x.mean((2, 3)), *convs, act, gate)
+    return x * g[:, :, None, None], h, g
+
+
+def se_gate(
+    mean: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    act: str,
+    gate: str,
+) -> tuple[Tensor, Tensor]:
+    """(h [N, S], g [N, J]) of `se_fwd` from the mean [N, J] of each plane."""
 
     def linear(value, weight, bias):
+        dtype = mean.dtype
         return F.linear(
-            value, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+            value, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
         )
 
-    h = linear(x.mean((2, 3)), reduce_weight, reduce_bias)
+    h = linear(mean, reduce_weight, reduce_bias)
     g = linear(_act_value(h, act, 0.0), expand_weight, expand_bias)
-    g = torch.sigmoid(g) if gate == "sigmoid" else F.hardsigmoid(g)
-    return x * g[:, :, None, None], h, g
+    return h, torch.sigmoid(g) if gate == "sigmoid" else F.hardsigmoid(g)
+
+
+def joins_squeeze(x: Tensor, weight: Tensor, stride, padding, groups: int, weight_below) -> bool:
+    """Whether the backend joins squeeze and excitation with what is around it, by the four functions below: the unit in front of it,
+    whose convolution has weight_below, and the convolution behind it. x is the z of the unit in front. Asked where both convolutions
+    are of those of `fuses_chain`."""
+    return False
+
+
+def se_fwd_reduce(z: Tensor, norm: Norm, act: str, slope: float) -> Tensor:
+    """The mean [N, J] of each plane of bn_fwd_apply of z."""
+    return bn_fwd_apply(z, *norm, None, act, slope, False)[0].mean((2, 3))
+
+
+def bn_fwd_apply_se_conv_fwd_reduce(
+    z: Tensor, norm: Norm, act: str, slope: float, gate: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv_fwd_reduce(*args) of bn_fwd_apply of z times gate [N, J]: (z, mean, rstd)."""
+    x = bn_fwd_apply(z, *norm, None, act, slope, False)[0] * gate[:, :, None, None]
+    z, mean, _, rstd = conv_fwd_reduce(x, *args)
+    return z, mean, rstd
+
+
+def se_bwd_sums(dy: Tensor, z: Tensor, norm: Norm, act: str, slope: float) -> Tensor:
+    """[N, 5, J]: over each plane the sums of dy y, dy act', dy act' (z - mean), act' and act' (z - mean), where y is bn_fwd_apply of z and
+    dy the gradient of y times the gate. The first is dg of `se_bwd_reduce`; the others give dgamma and dbeta of the unit, see
+    `se_bwd_norm`, before the gradient of y is known."""
+    acc = accumulator(z.dtype)
+    y = bn_fwd_apply(z, *norm, None, act, slope, False)[0].to(acc)
+    _, factor = bn_bwd_apply(
+        torch.ones_like(dy), z, *norm, None, None, None, None, act, slope, True
+    )
+    centred = z.to(acc) - per_channel(norm.mean, z)
+    dy, factor = dy.to(acc), factor.to(acc)
+    terms = (dy * y, dy * factor, dy * factor * centred, factor, factor * centred)
+    return torch.stack([t.sum((2, 3)) for t in terms], 1)
+
+
+def se_bwd_norm(sums: Tensor, gate: Tensor, shift: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) of a unit whose output's gradient is dy gate + shift, both [N, J], from the sums of `se_bwd_sums`."""
+    dbeta = (sums[:, 1] * gate).addcmul(sums[:, 3], shift).sum(0)
+    dgamma = (sums[:, 2] * gate).addcmul(sums[:, 4], shift).sum(0) * rstd
+    return dgamma, dbeta
 
 
 def se_bwd_reduce(
@@ -691,6 +754,22 @@ def se_bwd_apply(
     gate: str,
 ) -> Tensor:
     """dx by equation (15), from dg of `se_bwd_reduce` and h, g of `se_fwd`."""
+    plane = dy.shape[2] * dy.shape[3]
+    shift = se_bwd_gate(dg, h, g, reduce_weight, expand_weight, act, gate, plane)
+    return torch.addcmul(shift.to(dy.dtype)[:, :, None, None], dy, g[:, :, None, None])
+
+
+def se_bwd_gate(
+    dg: Tensor,
+    h: Tensor,
+    g: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    act: str,
+    gate: str,
+    plane: int,
+) -> Tensor:
+    """What equation (15) adds to dy g for each plane, [N, J] in the dtype of dg; plane: pixels of it."""
     acc = dg.dtype
     wide_g, wide_h = g.to(acc), h.to(acc)
     if gate == "sigmoid":
@@ -702,8 +781,7 @@ def se_bwd_apply(
         dh = dh * _act_slope(wide_h, act)
     elif act != "identity":
         dh = torch.where(_act_passes(wide_h, act), dh, 0)
-    dmean = dh @ reduce_weight.flatten(1).to(acc) / max(1, dy.shape[2] * dy.shape[3])
-    return torch.addcmul(dmean.to(dy.dtype)[:, :, None, None], dy, g[:, :, None, None])
+    return dh @ reduce_weight.flatten(1).to(acc) / max(1, plane)
 
 
 def max_pool(

@@ -37,6 +37,9 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "se_bwd_reduce(Tensor dy, Tensor z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope) "
       "-> Tensor");
+  m.def("se_fwd_reduce(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope) -> Tensor");
+  m.def(
+      "se_bwd_sums(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope) -> Tensor");
   m.def("grouped_conv(Tensor x, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "grouped_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
@@ -52,7 +55,7 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor? dbeta, str act, float slope, Tensor taps, SymInt[] input_size, int[] stride, int[] padding, int[] dilation, "
       "Tensor? add, Tensor? z_below, Tensor? bits, "
       "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
-      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
+      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside, Tensor? gate=None, Tensor? shift=None) "
       "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
   m.def("max_pool(Tensor y, int[] kernel, int[] stride, int[] padding) -> (Tensor p, Tensor places)");
   m.def(
@@ -71,7 +74,7 @@ TORCH_LIBRARY(bnfast, m) {
   m.def(
       "pointwise_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
       "Tensor weights, Tensor? bias, SymInt out_channels, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? gate=None) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
       "pointwise_bwd_reduce_apply_dgrad(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, "
       "Tensor? residual, Tensor? bits, str act, float slope, bool want_dresidual, Tensor weights, SymInt in_channels) "

@@ -108,6 +108,41 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "se_bwd_sums",
+        "squeeze: sums of act' not centred",
+        KERNELS,
+        "sum[4] = sum[4] + slope * centred;",
+        "sum[4] = sum[4] + slope;",
+    ),
+    Mutation(
+        "se_bwd_sums",
+        "squeeze: the last pixels of a piece forgotten",
+        KERNELS,
+        "const int64_t pixels = std::min<int64_t>(kPixels, span.end - p);",
+        "const int64_t pixels = span.end - p < kPixels ? 0 : kPixels;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "squeeze: the first image's gate for all",
+        KERNELS,
+        "const int64_t n = p / plane * span.channels;",
+        "const int64_t n = 0;",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "squeeze: what the gate's own gradient adds forgotten",
+        OPERATORS,
+        'if (shift) shift_ = taken(*shift, "shift", of);',
+        "",
+    ),
+    Mutation(
+        "se_bwd_sums",
+        "squeeze: dbeta without what the gate's own gradient adds",
+        REFERENCE,
+        ".addcmul(sums[:, 3], shift)",
+        "",
+    ),
     # chains run again from a recording
     Mutation(
         "chain",
@@ -335,8 +370,8 @@ MUTATIONS = [
         "bn_bwd_reduce",
         "rows: one row of four forgotten",
         KERNELS,
-        "for (int i = 0; i < 4; ++i) add(",
-        "for (int i = 0; i < 3; ++i) add(",
+        "add(e + i * length, j, Whole{}, db_sum, db_z_sum);",
+        "if (i < 3) add(e + i * length, j, Whole{}, db_sum, db_z_sum);",
     ),
     Mutation(
         "bn_bwd_reduce",

@@ -304,6 +304,10 @@ def operator_inputs(name: str):
         elif name in ("bn_bwd_reduce_apply", "bn_bwd_reduce_apply_"):
             yield (dy, z, mean, rstd, gamma, beta, hidden, bits, act, 0.01, True)
             yield (dy, z, mean, rstd, None, None, None, None, act, 0.01, False)
+        elif name in ("se_fwd_reduce", "se_bwd_sums"):
+            if z.dim() == 4 and z.dtype == torch.float32 and not z.is_contiguous():
+                given = (z,) if name == "se_fwd_reduce" else (dy, z)
+                yield (*given, mean, rstd, gamma, beta, act, 0.01)
         elif name == "se_bwd_reduce":
             if z.dim() == 4:
                 yield (dy, z, mean, rstd, gamma, beta, act, 0.01)
@@ -344,6 +348,9 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
         elif name.endswith("_fwd_reduce"):
             stats = (*statistics(out, torch.float32), 0.1, 1e-5)
             yield (x, *vectors, act, 0.01, weights, None, out, *geometry, *stats)
+            if name == "pointwise_fwd_reduce":
+                gate = torch.rand(x.shape[:2])
+                yield (x, *vectors, act, 0.01, weights, None, out, *stats, gate)
             yield (
                 x,
                 None,
@@ -398,6 +405,7 @@ def grouped_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
             above = (last(2, 20, 9, 7), *vectors, *torch.rand(2, 20), act, 0.01)
             conv, nothing = (taps, size, *geometry), (None,) * 7
             yield (x, *above, *conv, last(2, 20, *size), *below, *beside)
+            yield (x, *above, *conv, None, *below, *(None,) * 3, *torch.rand(2, 2, 20))
             yield (x, *nothing, "identity", 0.0, *conv, None, *below, None, None, None)
             yield (x, *above, *conv, None, *nothing[:6], "identity", 0.0, None, None, None)
 

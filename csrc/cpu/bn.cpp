@@ -578,17 +578,48 @@ const void* element(const void* tensor, int64_t index, const Tensor& z) {
 
 }  // namespace
 
+namespace {
+
+// A factor and an addend for each channel of each image, of a tensor in channels_last and float32.
+class Gate {
+ public:
+  Gate() = default;
+  Gate(const Tensor& gate, const OptionalTensor& shift, const Tensor& of) : plane_(of.size(2) * of.size(3)) {
+    gate_ = taken(gate, "gate", of);
+    if (shift) shift_ = taken(*shift, "shift", of);
+  }
+  explicit operator bool() const { return gate_.defined(); }
+  // The pixels [begin, end) of `from`, of which the first goes `to`.
+  void write(const BnKernels& kernels, const void* from, int64_t begin, int64_t end, void* to) const {
+    kernels.se_gate_pixels(static_cast<const float*>(from), static_cast<float*>(to), {gate_.size(1), begin, end}, plane_,
+                           gate_.const_data_ptr<float>(), shift_.defined() ? shift_.const_data_ptr<float>() : nullptr);
+  }
+
+ private:
+  static Tensor taken(const Tensor& given, const char* name, const Tensor& of) {
+    TORCH_CHECK(of.scalar_type() == at::kFloat && given.scalar_type() == at::kFloat && given.sizes() == of.sizes().slice(0, 2), "bnfast: ",
+                name, " is ", given.scalar_type(), " ", given.sizes(), " for ", of.scalar_type(), " ", of.sizes(),
+                "; float32 [N, C] for float32 [N, C, H, W] is needed");
+    return given.contiguous();
+  }
+  int64_t plane_ = 0;
+  Tensor gate_, shift_;
+};
+
+}  // namespace
+
 struct Normalised::State {
   Tensor z, parameters;
   Layout layout;
   BnTensors tensors;
   const BnKernels& kernels;
+  Gate gate;
 };
 
 Normalised::Normalised(const Tensor& z_in, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
-                       const OptionalTensor& beta, c10::string_view act, double slope) {
+                       const OptionalTensor& beta, c10::string_view act, double slope, const OptionalTensor& gate) {
   const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
-  state_.reset(new State{z, {}, pixel_layout(z), {}, kernels_for(z)});
+  state_.reset(new State{z, {}, pixel_layout(z), {}, kernels_for(z), gate ? Gate(*gate, std::nullopt, z) : Gate()});
   set_arguments(state_->tensors, state_->parameters, z, state_->layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt, Tensor(),
                 act, slope);
 }
@@ -600,6 +631,7 @@ void Normalised::write(int64_t begin, int64_t end, void* to) const {
   BnTensors t = state_->tensors;
   t.out = at_element(to, begin * channels, state_->z);
   state_->kernels.fwd_apply_rows(t, {state_->layout.length, begin * channels, end * channels});
+  if (state_->gate) state_->gate.write(state_->kernels, t.out, begin, end, to);
 }
 const void* Normalised::reads(int64_t begin) const {
   return element(state_->tensors.z, begin * state_->layout.channels, state_->z);
@@ -865,21 +897,26 @@ std::tuple<Tensor, Tensor, Tensor> bn_bwd_reduce_apply_(Tensor& dy, const Tensor
 // Pixels of dz, and their dresidual where it is wanted, in the order in which they lie in memory.
 class DzRows final : public PixelSource {
  public:
-  explicit DzRows(const Backward& b) : b_(b), kernel_(kernels_for(b.z).bwd_apply_rows) {}
+  explicit DzRows(const Backward& b, Gate gate = {}) : b_(b), gate_(std::move(gate)), kernels_(kernels_for(b.z)) {}
   int64_t granularity() const override { return b_.layout.length / b_.layout.channels; }
   int64_t element_bytes() const override { return b_.z.element_size(); }
   void write(int64_t begin, int64_t end, void* to) const override {
     BnTensors t = b_.tensors;
     const RowSpan span = {b_.layout.length, begin * b_.layout.channels, end * b_.layout.channels};
     t.out = at_element(to, span.begin, b_.z);
-    kernel_(t, span);
+    if (gate_) {
+      gate_.write(kernels_, t.dy, begin, end, to);
+      t.dy = t.out;
+    }
+    kernels_.bwd_apply_rows(t, span);
   }
   const void* reads(int64_t begin) const override { return element(b_.tensors.dy, begin * b_.layout.channels, b_.z); }
   const void* reads_too(int64_t begin) const override { return element(b_.tensors.z, begin * b_.layout.channels, b_.z); }
 
  private:
   const Backward& b_;
-  void (*kernel_)(const BnTensors&, RowSpan);
+  Gate gate_;
+  const BnKernels& kernels_;
 };
 
 }  // namespace
@@ -909,14 +946,17 @@ std::tuple<Tensor, Tensor> bn_bwd_reduce_of(const Tensor& dy_in, const Tensor& m
 struct Dz::State {
   Backward backward;
   DzRows rows;
-  explicit State(Backward&& b) : backward(std::move(b)), rows(backward) {}
+  State(Backward&& b, Gate&& gate) : backward(std::move(b)), rows(backward, std::move(gate)) {}
 };
 
 Dz::Dz(const Tensor& dy, const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
-       const OptionalTensor& beta, const Tensor& dgamma, const Tensor& dbeta, c10::string_view act, double slope) {
+       const OptionalTensor& beta, const Tensor& dgamma, const Tensor& dbeta, c10::string_view act, double slope,
+       const OptionalTensor& gate, const OptionalTensor& shift) {
   const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
   pixel_layout(z);
-  state_.reset(new State(Backward(dy, z, mean, rstd, gamma, beta, std::nullopt, std::nullopt, dgamma, dbeta, act, slope)));
+  TORCH_CHECK(gate.has_value() || !shift.has_value(), "bnfast: shift is given without gate");
+  state_.reset(new State(Backward(dy, z, mean, rstd, gamma, beta, std::nullopt, std::nullopt, dgamma, dbeta, act, slope),
+                         gate ? Gate(*gate, shift, z) : Gate()));
 }
 Dz::~Dz() = default;
 int64_t Dz::granularity() const { return state_->rows.granularity(); }
@@ -1027,6 +1067,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> BehindDgrad::sums() const {
 
 namespace {
 
+// Sums over the pixels of each image of a tensor in channels_last, [N, count, C]: run(span, to) writes count arrays of C. A unit of work
+// is a piece of one image; the pieces are added in their order.
+template <class F>
+Tensor sums_of_images(const Layout& l, int64_t count, const at::TensorOptions& options, F run) {
+  if (l.numel() == 0) return at::zeros({l.batch, count, l.channels}, options);
+  const int64_t pieces = ceil_div(l.plane * l.channels, kUnit), per_piece = ceil_div(l.plane, pieces);
+  Tensor parts = at::empty({l.batch, pieces, count, l.channels}, options);
+  char* to = static_cast<char*>(parts.mutable_data_ptr());
+  const int64_t step = count * l.channels * parts.element_size();
+  for_units(l.batch * pieces, [&](int64_t u) {
+    const int64_t image = u / pieces * l.plane, first = u % pieces * per_piece;
+    const int64_t last = std::min(l.plane, first + per_piece);
+    run(PixelSpan{l.channels, image + std::min(first, last), image + last}, to + u * step);
+  });
+  return pieces == 1 ? parts.squeeze(1) : parts.sum(1);
+}
+
 Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mean, OptionalTensor rstd, OptionalTensor gamma,
                      OptionalTensor beta, c10::string_view act, double slope) {
   check_z(z_in);
@@ -1053,17 +1110,41 @@ Tensor se_bwd_reduce(const Tensor& dy_in, const Tensor& z_in, OptionalTensor mea
     });
     return sums;
   }
-  // A unit is a piece of one image; the pieces are added in their order.
-  const int64_t pieces = ceil_div(l.plane * l.channels, kUnit), per_piece = ceil_div(l.plane, pieces);
-  Tensor parts = at::empty({l.batch, pieces, l.channels}, options);
-  char* to = static_cast<char*>(parts.mutable_data_ptr());
-  const int64_t step = l.channels * parts.element_size();
-  for_units(l.batch * pieces, [&](int64_t u) {
-    const int64_t image = u / pieces * l.plane, first = u % pieces * per_piece;
-    const int64_t last = std::min(l.plane, first + per_piece);
-    kernels.se_reduce_pixels(t, {l.channels, image + std::min(first, last), image + last}, to + u * step);
-  });
-  return pieces == 1 ? parts.squeeze(1) : parts.sum(1);
+  return sums_of_images(l, 1, options, [&](PixelSpan span, void* sums) { kernels.se_reduce_pixels(t, span, sums); }).squeeze(1);
+}
+
+// z in channels_last and float32 with the parameters of its unit, for the phases of squeeze and excitation that a chain joins.
+struct SqueezedUnit {
+  Tensor z, parameters;
+  Layout layout;
+  BnTensors tensors;
+
+  SqueezedUnit(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+               c10::string_view act, double slope)
+      : z(z_in.contiguous(at::MemoryFormat::ChannelsLast)), layout(pixel_layout(z)) {
+    TORCH_CHECK(z.scalar_type() == at::kFloat, "bnfast: z is ", z.scalar_type(), "; float32 is needed");
+    layout.length = layout.channels;
+    set_arguments(tensors, parameters, z, layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt, Tensor(), act, slope);
+  }
+  at::TensorOptions options() const { return z.options().memory_format(at::MemoryFormat::Contiguous); }
+};
+
+Tensor se_fwd_reduce(const Tensor& z, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+                     c10::string_view act, double slope) {
+  const SqueezedUnit u(z, mean, rstd, gamma, beta, act, slope);
+  const BnKernels& kernels = kernels_for(u.z);
+  Tensor sums = sums_of_images(u.layout, 1, u.options(), [&](PixelSpan span, void* to) { kernels.se_reduce_pixels(u.tensors, span, to); });
+  return sums.squeeze(1).div_(std::max<int64_t>(1, u.layout.plane));
+}
+
+Tensor se_bwd_sums(const Tensor& dy_in, const Tensor& z, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+                   const OptionalTensor& beta, c10::string_view act, double slope) {
+  check_like(dy_in, z, "dy");
+  SqueezedUnit u(z, mean, rstd, gamma, beta, act, slope);
+  const Tensor dy = dy_in.contiguous(at::MemoryFormat::ChannelsLast);
+  u.tensors.dy = dy.const_data_ptr();
+  const BnKernels& kernels = kernels_for(u.z);
+  return sums_of_images(u.layout, 5, u.options(), [&](PixelSpan span, void* to) { kernels.se_bwd_sums(u.tensors, span, to); });
 }
 
 }  // namespace
@@ -1078,6 +1159,8 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("bn_bwd_reduce_apply", &bn_bwd_reduce_apply);
   m.impl("bn_bwd_reduce_apply_", &bn_bwd_reduce_apply_);
   m.impl("se_bwd_reduce", &se_bwd_reduce);
+  m.impl("se_fwd_reduce", &se_fwd_reduce);
+  m.impl("se_bwd_sums", &se_bwd_sums);
 }
 
 }  // namespace bnfast

@@ -71,9 +71,13 @@ struct BnKernels {
   void (*bwd_apply_rows)(const BnTensors&, RowSpan);
   void (*bwd_apply_planes)(const BnTensors&, PlaneSpan);
   // se_bwd_reduce: sum(dy * y) with y = act((z - mean) * scale + beta), over the pixels (arrays of C), or of each plane of the
-  // span (sums of N x C).
+  // span (sums of N x C). se_fwd_reduce: sum(y) of pixels, without dy.
   void (*se_reduce_pixels)(const BnTensors&, PixelSpan, void* sums);
   void (*se_reduce_planes)(const BnTensors&, PlaneSpan, void* sums);
+  // se_bwd_sums, five arrays of C. float32, else null.
+  void (*se_bwd_sums)(const BnTensors&, PixelSpan, void* sums);
+  // to = from * gate + shift, of pixels; gate and shift (or null) of N x C. `from` counts pixels from 0, `to` from span.begin. float32, else null.
+  void (*se_gate_pixels)(const float* from, float* to, PixelSpan, int64_t plane, const float* gate, const float* shift);
 };
 
 }  // namespace bnfast

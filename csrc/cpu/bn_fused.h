@@ -31,11 +31,11 @@ std::tuple<at::Tensor, at::Tensor> bn_fwd_reduce_behind(
     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
     double eps);
 
-// bn_fwd_apply without residual, as a convolution's input.
+// bn_fwd_apply without residual, as a convolution's input; times gate [N, C], where given, of squeeze and excitation (float32).
 class Normalised final : public PixelSource {
  public:
   Normalised(const at::Tensor& z, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma,
-             const OptionalTensor& beta, c10::string_view act, double slope);
+             const OptionalTensor& beta, c10::string_view act, double slope, const OptionalTensor& gate = {});
   ~Normalised();
   int64_t granularity() const override;
   int64_t element_bytes() const override;
@@ -65,11 +65,13 @@ class AppliedBehind {
   std::unique_ptr<State> state_;
 };
 
-// bn_bwd_apply without residual, as a data gradient's input: dz, once the sums dgamma and dbeta are known.
+// bn_bwd_apply without residual, as a data gradient's input: dz, once the sums dgamma and dbeta are known. With gate and shift [N, C]
+// (float32) the gradient of the unit's output is dy * gate + shift.
 class Dz final : public PixelSource {
  public:
   Dz(const at::Tensor& dy, const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& gamma,
-     const OptionalTensor& beta, const at::Tensor& dgamma, const at::Tensor& dbeta, c10::string_view act, double slope);
+     const OptionalTensor& beta, const at::Tensor& dgamma, const at::Tensor& dbeta, c10::string_view act, double slope,
+     const OptionalTensor& gate = {}, const OptionalTensor& shift = {});
   ~Dz();
   int64_t granularity() const override;
   int64_t element_bytes() const override;

@@ -75,6 +75,10 @@ BNFAST_INLINE void fetch_ahead(const BnTensors& t, const T* from) {
   if constexpr (!kRows<Span>) __builtin_prefetch(from + t.ahead, 0, 2);
 }
 
+// What the next rows will read, where four rows of `length` elements are read side by side: the hardware loses sight of them.
+template <class T>
+BNFAST_INLINE void fetch_next_rows(const T* from, int64_t length) { __builtin_prefetch(from + 4 * length, 0, 2); }
+
 // A branch that always goes the same way, in place of a second copy of each kernel.
 template <class T> BNFAST_INLINE void write(T* to, const Block<acc_t<T>>& b, Whole, bool streams) {
   if (streams) stream_block(to, b);
@@ -215,6 +219,7 @@ void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2,
         const T* x = z + e + j;
         Block<A> total = load_block(x);
         if constexpr (four) {
+          for (int i = 0; i < 4; ++i) fetch_next_rows(x + i * length, length);
           total = (total + load_block(x + length)) + (load_block(x + 2 * length) + load_block(x + 3 * length));
         }
         store_block(centre + j, load_block(centre + j) + total);
@@ -325,7 +330,11 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
     for (; e + 4 * length <= span.end; e += 4 * length) {
       for (int64_t j = 0; j < length; j += kBlock) {
         Block<A> db_sum = load_block(first + j), db_z_sum = load_block(second + j);
-        for (int i = 0; i < 4; ++i) add(e + i * length, j, Whole{}, db_sum, db_z_sum);
+        for (int i = 0; i < 4; ++i) {
+          fetch_next_rows(z + e + i * length + j, length);
+          fetch_next_rows(dy + e + i * length + j, length);
+          add(e + i * length, j, Whole{}, db_sum, db_z_sum);
+        }
         store_block(first + j, db_sum);
         store_block(second + j, db_z_sum);
       }
@@ -431,6 +440,7 @@ BNFAST_INLINE Block<acc_t<T>> output_of(Activation act, const C& channel, const 
   return rounded_to<T>(act.value(channel.pre_activation(load(z, lanes), j, lanes)));
 }
 
+// Without dy the sums of y.
 template <class T>
 void se_reduce_pixels(const BnTensors& t, PixelSpan span, void* sums_out) {
   using A = acc_t<T>;
@@ -441,24 +451,86 @@ void se_reduce_pixels(const BnTensors& t, PixelSpan span, void* sums_out) {
   std::fill(sums, sums + count, A(0));
   const Channel<T, true> channel(t, 0);
   with_activation(t.act, t.slope, [&](auto act) {
-    auto product = [&](int64_t pixel, int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
-      const int64_t at = pixel * count + j;
-      return load(dy + at, lanes) * output_of<T>(act, channel, z + at, j, lanes);
+    const auto run = [&](auto has_dy) {
+      auto product = [&](int64_t pixel, int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+        const int64_t at = pixel * count + j;
+        fetch_next_rows(z + at, count);
+        const Block<A> y = output_of<T>(act, channel, z + at, j, lanes);
+        if constexpr (has_dy) {
+          fetch_next_rows(dy + at, count);
+          return load(dy + at, lanes) * y;
+        } else {
+          return y;
+        }
+      };
+      int64_t p = span.begin;
+      for (; p + 4 <= span.end; p += 4) {
+        for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+          const Block<A> four = (product(p, j, lanes) + product(p + 1, j, lanes)) +
+                                (product(p + 2, j, lanes) + product(p + 3, j, lanes));
+          store(sums + j, load(sums + j, lanes) + four, lanes);
+        });
+      }
+      for (; p < span.end; ++p) {
+        for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+          store(sums + j, load(sums + j, lanes) + product(p, j, lanes), lanes);
+        });
+      }
     };
-    int64_t p = span.begin;
-    for (; p + 4 <= span.end; p += 4) {
+    dy ? run(Flag<true>{}) : run(Flag<false>{});
+  });
+}
+
+// [read dy, z] Sums of dy y, dy act', dy act' (z - mean), act' and act' (z - mean): five arrays of C.
+template <class T>
+void se_bwd_sums(const BnTensors& t, PixelSpan span, void* sums_out) {
+  using A = acc_t<T>;
+  constexpr int kSums = 5, kPixels = 4;
+  const int64_t count = span.channels;
+  const T* z = static_cast<const T*>(t.z);
+  const T* dy = static_cast<const T*>(t.dy);
+  A* sums = static_cast<A*>(sums_out);
+  std::fill(sums, sums + kSums * count, A(0));
+  const Channel<T, true> channel(t, 0);
+  with_activation(t.act, t.slope, [&](auto act) {
+    using Activation = decltype(act);
+    const auto add = [&](int64_t at, int64_t j, auto lanes, Block<A> (&sum)[kSums]) BNFAST_INLINE_LAMBDA {
+      fetch_next_rows(z + at, count);
+      fetch_next_rows(dy + at, count);
+      const Block<A> zb = load(z + at, lanes), given = load(dy + at, lanes), pre = channel.pre_activation(zb, j, lanes);
+      const Block<A> one(1), slope = [&] {
+        if constexpr (Activation::kPiecewise) return act.masked(act.passes(rounded_to<T>(pre)), one);
+        else return act.gradient(pre, one);
+      }();
+      const Block<A> db = given * slope, centred = zb - channel.mean.at(j, lanes);
+      sum[0] = sum[0] + given * rounded_to<T>(act.value(pre));
+      sum[1] = sum[1] + db;
+      sum[2] = sum[2] + db * centred;
+      sum[3] = sum[3] + slope;
+      sum[4] = sum[4] + slope * centred;
+    };
+    for (int64_t p = span.begin; p < span.end; p += kPixels) {
+      const int64_t pixels = std::min<int64_t>(kPixels, span.end - p);
       for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
-        const Block<A> four = (product(p, j, lanes) + product(p + 1, j, lanes)) +
-                              (product(p + 2, j, lanes) + product(p + 3, j, lanes));
-        store(sums + j, load(sums + j, lanes) + four, lanes);
-      });
-    }
-    for (; p < span.end; ++p) {
-      for_blocks(count, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
-        store(sums + j, load(sums + j, lanes) + product(p, j, lanes), lanes);
+        Block<A> sum[kSums];
+        for (int i = 0; i < kSums; ++i) sum[i] = load(sums + i * count + j, lanes);
+        for (int64_t k = 0; k < pixels; ++k) add((p + k) * count + j, j, lanes, sum);
+        for (int i = 0; i < kSums; ++i) store(sums + i * count + j, sum[i], lanes);
       });
     }
   });
+}
+
+// [read from, write to] to = from * gate + shift of the pixels of the span, whose image has `plane` pixels; `to` is that of the first.
+inline void se_gate_pixels(const float* from, float* to, PixelSpan span, int64_t plane, const float* gate, const float* shift) {
+  for (int64_t p = span.begin; p < span.end; ++p, to += span.channels) {
+    const int64_t n = p / plane * span.channels;
+    for_blocks(span.channels, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
+      Block<float> value = load(from + p * span.channels + j, lanes) * load(gate + n + j, lanes);
+      if (shift) value = value + load(shift + n + j, lanes);
+      store(to + j, value, lanes);
+    });
+  }
 }
 
 template <class T>
@@ -492,6 +564,10 @@ constexpr BnKernels bn_kernels() {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
     kernels.bwd_join_rows = bwd_join_rows<T>;
     kernels.add_rows = add_rows<T>;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    kernels.se_bwd_sums = se_bwd_sums<T>;
+    kernels.se_gate_pixels = se_gate_pixels;
   }
   return kernels;
 }

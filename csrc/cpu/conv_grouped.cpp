@@ -205,12 +205,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_dgrad_reduce(
     const Tensor& taps, at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     const OptionalTensor& add, const OptionalTensor& z_below, const OptionalTensor& bits, const OptionalTensor& mean_below,
     const OptionalTensor& rstd_below, const OptionalTensor& gamma_below, const OptionalTensor& beta_below, c10::string_view act_below,
-    double slope_below, const OptionalTensor& z_beside, const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
+    double slope_below, const OptionalTensor& z_beside, const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside,
+    const OptionalTensor& gate, const OptionalTensor& shift) {
   const PoolScope pooled;
   Grouped conv(dy, taps, std::nullopt, input_size, stride, padding, dilation, true);
   check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
-  if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));
+  TORCH_CHECK(z.has_value() || !gate.has_value(), "bnfast: gate is given without z");
+  if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope, gate, shift));
   else conv.set_input(dy);
   return dgrad_reduced_behind(conv, add, {z_below, bits, mean_below, rstd_below, gamma_below, beta_below, act_below, slope_below,
                                           z_beside, mean_beside, rstd_beside});

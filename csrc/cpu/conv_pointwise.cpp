@@ -191,12 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_fwd_reduce(
     const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
     c10::string_view act, double slope, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
-    double eps) {
+    double eps, const OptionalTensor& gate) {
   const PoolScope pooled;
   check_x(x);
+  TORCH_CHECK(mean.has_value() || !gate.has_value(), "bnfast: gate is given without mean");
   Product product(x, weights, bias, x.size(1), out_channels);
   std::optional<Normalised> source;
-  if (mean) source.emplace(x, mean, rstd, gamma, beta, act, slope);
+  if (mean) source.emplace(x, mean, rstd, gamma, beta, act, slope, gate);
   else product.set_x(x);
   auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
       product.y, nullptr,
