@@ -275,26 +275,14 @@ def test_memory_is_that_of_the_units(monkeypatch):
         gc.collect()
         native._C.clear_pool()
         before = native._C.pool_stats()["used"]
-        seen = []
-        stop = threading.Event()
+        run()
+        return native._C.pool_stats()["most_used"] - before
 
-        def watch():
-            while not stop.is_set():
-                seen.append(native._C.pool_stats()["used"] - before)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            for _ in range(5):
-                run()
-        finally:
-            stop.set()
-            watcher.join()
-        return max(seen)
-
+    without_recording(monkeypatch, units, x)  # what weights are transformed to is made before
     usual = peak(lambda: without_recording(monkeypatch, units, x))
-    recorded(units, x)
-    assert 0 < peak(lambda: step(units, x)) <= 1.1 * usual
+    for what in ("seen", "recorded", "run again"):
+        assert 0 < peak(lambda: step(units, x)) <= usual, what
+    assert len(recordings()) == 2
 
 
 def test_it_goes_with_its_weights():
