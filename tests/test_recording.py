@@ -260,6 +260,7 @@ def test_the_input_as_its_own_residual_is_not_any_residual(monkeypatch):
 
 def test_the_way_of_a_convolution_is_asked_for_again(monkeypatch):
     units, x = [unit(weight(16, 16, 3, 3), 16)], last(2, 16, 12, 12)
+    monkeypatch.setattr(winograd, "mode", "1")
     recorded(units, x)
     usual = step(units, x)
     monkeypatch.setattr(winograd, "mode", "0")
