@@ -15,7 +15,7 @@ _WIDTHS = (1, 2, 4, 8, 16)  # channels of a group
 # In bfloat16, which is computed in float32: where the processor multiplies it itself wider groups are no gain.
 _multiplies_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 _WIDTHS_BF16 = _WIDTHS[:3] if _multiplies_bf16 else _WIDTHS
-# BNFAST_GROUPED: "0" keeps PyTorch's forward convolution. Read once.
+# BNFAST_GROUPED: "0" keeps PyTorch's convolutions, but for data gradients of depthwise ones. Read once.
 mode = os.environ.get("BNFAST_GROUPED", "")
 
 

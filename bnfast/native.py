@@ -271,16 +271,9 @@ def bn_fwd_apply_conv_fwd_reduce(
     return z, mean, rstd
 
 
-def joins_squeeze(x, weight, stride, padding, groups, weight_below):
-    """See reference.joins_squeeze: float32, a product behind a grouped convolution."""
-    return (
-        x.dtype == torch.float32
-        and groups == 1
-        and weight.shape[2:] == (1, 1)
-        and weight_below.dim() == 4
-        and weight_below.shape[0] > weight_below.shape[1]
-        and _runs_as_pointwise(x, weight, stride, padding, groups)
-    )
+def joins_squeeze(x, weight, stride, padding, groups, groups_below):
+    """See reference.joins_squeeze: a product behind a grouped convolution."""
+    return groups_below > 1 and _runs_as_pointwise(x, weight, stride, padding, groups)
 
 
 def se_fwd_reduce(z, norm, act, slope):

@@ -571,7 +571,7 @@ class _Forward:
     def squeezes(self, reader: int, i: int, z: Tensor) -> bool:
         """Whether squeeze and excitation of unit i's output is joined with unit i, whose z is this, and with its reader."""
         spec, weight = self.specs[reader], self.tensors[8 * reader]
-        below = self.tensors[8 * i]
+        below = self.specs[i].groups
         return (
             spec.squeeze is not None
             and spec.pool is None

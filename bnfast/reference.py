@@ -684,10 +684,12 @@ def se_gate(
     return h, torch.sigmoid(g) if gate == "sigmoid" else F.hardsigmoid(g)
 
 
-def joins_squeeze(x: Tensor, weight: Tensor, stride, padding, groups: int, weight_below) -> bool:
-    """Whether the backend joins squeeze and excitation with what is around it, by the four functions below: the unit in front of it,
-    whose convolution has weight_below, and the convolution behind it. x is the z of the unit in front. Asked where both convolutions
-    are of those of `fuses_chain`."""
+def joins_squeeze(
+    x: Tensor, weight: Tensor, stride, padding, groups: int, groups_below: int
+) -> bool:
+    """Whether the backend joins squeeze and excitation with what is around it, by `se_fwd_reduce`, `bn_fwd_apply_se_conv_fwd_reduce`,
+    `se_bwd_sums` and gate and shift of `bn_bwd_apply_conv_dgrad_reduce`: the convolution behind it, and that of the unit in front of
+    it, of groups_below groups. x is the z of the unit in front. Asked where both convolutions are of those of `fuses_chain`."""
     return False
 
 

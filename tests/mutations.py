@@ -143,6 +143,13 @@ MUTATIONS = [
         ".addcmul(sums[:, 3], shift)",
         "",
     ),
+    Mutation(
+        "conv_dgrad",
+        "squeeze: joined with any convolution in front of it",
+        NATIVE,
+        "groups_below > 1 and _runs_as_pointwise",
+        "_runs_as_pointwise",
+    ),
     # chains run again from a recording
     Mutation(
         "chain",

@@ -502,6 +502,45 @@ def test_joined_chain(side, stride, group, act, gate, ends, monkeypatch):
 
 
 @needs_extension
+@pytest.mark.parametrize("side", [1, 3])
+def test_behind_a_convolution_of_one_group(side, monkeypatch):
+    """A widening convolution in front of the squeeze is no grouped one: what flows back into it is gated before it is joined."""
+    monkeypatch.setattr(pointwise, "mode", "1")
+    torch.manual_seed(0)
+    x = last(3, 16, 13, 11, mean=0.5)
+    w, r, e, w2 = (
+        torch.randn(shape) / 4 for shape in ((48, 16, side, side), (6, 48, 1, 1), (48, 6, 1, 1), (16, 48, 1, 1))
+    )  # fmt: skip
+    leaves = [x, torch.rand(48) + 0.5, torch.rand(16) + 0.5, torch.randn(48), torch.randn(16)]
+    dy = last(3, 16, 13, 11)
+
+    def plain():
+        values = [t.detach().double().requires_grad_() for t in leaves]
+        x, g1, g2, b1, b2 = values
+        y = F.conv2d(x, w.double(), None, 1, side // 2)
+        y = F.silu(F.batch_norm(y, None, None, g1, b1, True))
+        y = plain_squeeze(y, r.double(), None, e.double(), None, "silu", "sigmoid")
+        return values, F.batch_norm(F.conv2d(y, w2.double()), None, None, g2, b2, True)
+
+    def ours():
+        values = [t.detach().clone().requires_grad_() for t in leaves]
+        x, g1, g2, b1, b2 = values
+        one, pad = (1, 1), (side // 2, side // 2)
+        squeeze = ops.SqueezeExcite(r, None, e, None, "silu", "sigmoid")
+        units = [
+            ops.Unit(w, None, one, pad, one, 1, gamma=g1, beta=b1, act="silu"),
+            ops.Unit(w2, None, one, (0, 0), one, 1, gamma=g2, beta=b2, squeeze=squeeze),
+        ]
+        return values, ops.frozen_conv_bn_act(x, units, "cpu")
+
+    results = []
+    for values, y in (plain(), ours()):
+        results.append([y.detach(), *torch.autograd.grad(y, values, dy.to(y.dtype))])
+    for oracle, found in zip(*results, strict=True):
+        assert (found.double() - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+
+
+@needs_extension
 def test_joined_refusals():
     z, norm, packed = last(2, 16, 5, 5), tuple(norm_of(16)), torch.randn(1, 16, 16)
     stats = (None, None, None, 0.1, 1e-5)
