@@ -119,6 +119,7 @@ class KeptWeight:
 _RUNS = {
     "winograd": "Winograd",
     "pointwise": "product",
+    "dot": "product",
     "packed": "oneDNN",
     "grouped": "direct",
     "taps": "Triton",

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import grouped, onednn, pointwise, reference, tuning, weights, winograd
+from . import dot, grouped, onednn, pointwise, reference, tuning, weights, winograd
 from .reference import accumulator
 
 try:
@@ -70,6 +70,11 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
+    if _runs_as_dot(x, weight, stride, padding, dilation, groups):
+        packed = _dot_weight(weight)
+        return torch.ops.bnfast.dot_conv.default(
+            x, packed, bias, weight.shape[0], stride, padding, dilation
+        )
     if _runs_as_grouped(x, weight, stride, padding, dilation, groups):
         taps = _taps(weight, x.dtype)
         return torch.ops.bnfast.grouped_conv.default(x, taps, bias, stride, padding, dilation)
@@ -119,6 +124,31 @@ def _runs_as_pointwise(x, weight, stride, padding, groups):
     return _tuned("product", pays, x, weight, x.shape[2:], (stride, padding, (1, 1), groups))
 
 
+def _runs_as_dot(x, weight, stride, padding, dilation, groups):
+    """A convolution of bfloat16 in channels_last, where the processor multiplies that; asked behind Winograd's form."""
+    if weight.dim() != 4 or _memory_format(x) != torch.channels_last:
+        return False
+    pays = dot.serves(x, weight, groups, _capability)
+    if not tuning.is_active or dot.is_forced() or not dot.can_serve(x, weight, groups, _capability):
+        return pays
+    output = reference.conv_output_size(x.shape[2:], weight, stride, padding, dilation)
+    return _tuned("dot", pays, x, weight, output, (stride, padding, dilation, groups))
+
+
+def _dgrad_runs_as_dot(dz, weight, stride, padding, dilation, groups):
+    """As _runs_as_dot, of the data gradient of dz in channels_last."""
+    if weight.dim() != 4:
+        return False
+    pays = dot.serves(dz, weight, groups, _capability)
+    if (
+        not tuning.is_active
+        or dot.is_forced()
+        or not dot.can_serve(dz, weight, groups, _capability)
+    ):
+        return pays
+    return _tuned("dot", pays, dz, weight, dz.shape[2:], (stride, padding, dilation, groups))
+
+
 def _runs_as_grouped(x, weight, stride, padding, dilation, groups):
     """A depthwise convolution, or one of narrow groups, of x in channels_last."""
     return (
@@ -134,7 +164,11 @@ def _tuned(way, pays, x, weight, output, geometry):
     shape = tuning.Shape(
         "cpu", str(x.dtype)[6:], tuple(weight.shape), tuple(geometry[0]), tuple(output)
     )
-    ways = (way, "direct") if pays else ("direct", way)
+    ways = [way, "direct"] if pays else ["direct", way]
+    if way == "winograd" and dot.mode != "0" and dot.can_serve(x, weight, geometry[3], _capability):
+        # Where it is not Winograd's form, the fixed rule's word is that of `dot`.
+        ways.insert(0 if not pays and dot.serves(x, weight, geometry[3], _capability) else 1, "dot")
+    ways = tuple(ways)
     found = tuning.choice(shape, ways, x, weight, geometry)
     return pays if found is None else found == way
 
@@ -164,6 +198,16 @@ def _pointwise_weight(weight):
 def _transposed_pointwise_weight(weight):
     return weights.transformed(
         weight, "pointwise transposed", lambda w: pointwise.packed_weight(w.transpose(0, 1))
+    )
+
+
+def _dot_weight(weight):
+    return weights.transformed(weight, "dot", dot.packed_weight)
+
+
+def _transposed_dot_weight(weight):
+    return weights.transformed(
+        weight, "dot transposed", lambda w: dot.packed_weight(w.transpose(0, 1))
     )
 
 
@@ -207,13 +251,18 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
         return torch.ops.bnfast.grouped_fwd_apply.default(
             x, *norm, taps, bias, stride, padding, dilation
         )
-    if weight.shape[2] == 1:
-        packed = _pointwise_weight(weight)
-        return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
-    turned = _winograd_weight(weight, stride, x.dtype)
-    return torch.ops.bnfast.winograd_fwd_apply.default(
-        x, *norm, turned, bias, weight.shape[0], padding, stride[0]
-    )
+    if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
+        turned = _winograd_weight(weight, stride, x.dtype)
+        return torch.ops.bnfast.winograd_fwd_apply.default(
+            x, *norm, turned, bias, weight.shape[0], padding, stride[0]
+        )
+    if x.dtype == torch.bfloat16:
+        packed = _dot_weight(weight)
+        return torch.ops.bnfast.dot_fwd_apply.default(
+            x, *norm, packed, bias, weight.shape[0], stride, padding, dilation
+        )
+    packed = _pointwise_weight(weight)
+    return torch.ops.bnfast.pointwise_fwd_apply.default(x, *norm, packed, bias, weight.shape[0])
 
 
 def ways() -> tuple | None:
@@ -222,7 +271,7 @@ def ways() -> tuple | None:
     tuned = tuning.in_force()
     if tuned is None:
         return None
-    modes = (winograd.mode, pointwise.mode, grouped.mode, _chains)
+    modes = (winograd.mode, pointwise.mode, dot.mode, grouped.mode, _chains)
     return modes, winograd.conv_precision(), torch._C._get_mkldnn_enabled(), tuned
 
 
@@ -248,6 +297,7 @@ def _joins(x, weight, stride, padding, dilation, groups):
         and (
             _runs_as_pointwise(x, weight, stride, padding, groups)
             or _runs_as_winograd(x, weight, stride, padding, dilation, groups)
+            or _runs_as_dot(x, weight, stride, padding, dilation, groups)
             or (
                 x.dtype in (torch.float32, torch.bfloat16)
                 and _runs_as_grouped(x, weight, stride, padding, dilation, groups)
@@ -311,13 +361,18 @@ def _conv_fwd_reduce_joined(
         return torch.ops.bnfast.grouped_fwd_reduce.default(
             x, *norm, taps, bias, stride, padding, dilation, *stats
         )
-    if weight.shape[2] == 1:
-        packed = _pointwise_weight(weight)
-        return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
-    turned = _winograd_weight(weight, stride, x.dtype)
-    return torch.ops.bnfast.winograd_fwd_reduce.default(
-        x, *norm, turned, bias, count, padding, stride[0], *stats
-    )
+    if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
+        turned = _winograd_weight(weight, stride, x.dtype)
+        return torch.ops.bnfast.winograd_fwd_reduce.default(
+            x, *norm, turned, bias, count, padding, stride[0], *stats
+        )
+    if x.dtype == torch.bfloat16:
+        packed = _dot_weight(weight)
+        return torch.ops.bnfast.dot_fwd_reduce.default(
+            x, *norm, packed, bias, count, stride, padding, dilation, *stats
+        )
+    packed = _pointwise_weight(weight)
+    return torch.ops.bnfast.pointwise_fwd_reduce.default(x, *norm, packed, bias, count, *stats)
 
 
 def bn_bwd_apply_conv_dgrad_reduce(
@@ -347,7 +402,24 @@ def bn_bwd_apply_conv_dgrad_reduce(
             gate,
             shift,
         )
-    elif weight.shape[2] == 1:
+    elif _dgrad_runs_as_dot(
+        dy, weight, stride, padding, dilation, groups
+    ) and not _dgrad_runs_as_winograd(dy, weight, input_size, stride, padding, dilation, groups):
+        packed = _transposed_dot_weight(weight)
+        dx, *sums = torch.ops.bnfast.dot_dgrad_reduce.default(
+            dy,
+            *state,
+            above_act,
+            above_slope,
+            packed,
+            channels,
+            input_size,
+            stride,
+            padding,
+            dilation,
+            *rest,
+        )
+    elif weight.shape[2:] == (1, 1):
         packed = _transposed_pointwise_weight(weight)
         dx, *sums = torch.ops.bnfast.pointwise_dgrad_reduce.default(
             dy, *state, above_act, above_slope, packed, channels, *rest
@@ -392,6 +464,13 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
         turned = _rotated_winograd_weight(weight, stride, dz.dtype)
         dx = torch.ops.bnfast.winograd_dgrad.default(
             dz, turned, weight.shape[1], input_size, padding, stride[0]
+        )
+    elif layout == torch.channels_last and _dgrad_runs_as_dot(
+        dz, weight, stride, padding, dilation, groups
+    ):
+        packed = _transposed_dot_weight(weight)
+        dx = torch.ops.bnfast.dot_dgrad.default(
+            dz, packed, weight.shape[1], input_size, stride, padding, dilation
         )
     elif (
         layout == torch.channels_last
@@ -667,6 +746,26 @@ def _fake_grouped_dgrad(dz, taps, input_size, stride, padding, dilation):
     )
 
 
+def _fake_dot_conv(x, weights, bias, out_channels, stride, padding, dilation):
+    geometry = zip(x.shape[2:], weights.shape[1:3], stride, padding, dilation, strict=True)
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+    return torch.empty(
+        (x.shape[0], out_channels, *sizes),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _fake_dot_dgrad(dz, weights, in_channels, input_size, stride, padding, dilation):
+    return torch.empty(
+        (dz.shape[0], in_channels, *input_size),
+        dtype=dz.dtype,
+        device=dz.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _fake_pointwise_spread(read, input_size, stride):
     return torch.empty(
         (*read.shape[:2], *input_size),
@@ -826,6 +925,11 @@ if unavailable is None:
         ("conv_forward", _fake_conv_forward),
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
+        ("dot_conv", _fake_dot_conv),
+        ("dot_dgrad", _fake_dot_dgrad),
+        ("dot_fwd_apply", _fake_fwd_apply(_fake_dot_conv)),
+        ("dot_fwd_reduce", _fake_fwd_reduce(_fake_dot_conv, 3)),
+        ("dot_dgrad_reduce", _fake_dgrad_reduce(_fake_dot_dgrad, 4)),
         ("grouped_conv", _fake_grouped_conv),
         ("grouped_fwd_apply", _fake_grouped_fwd_apply),
         ("grouped_fwd_reduce", _fake_grouped_fwd_reduce),

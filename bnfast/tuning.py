@@ -1,9 +1,9 @@
 """Which way a frozen convolution goes, where there are several: measured once by `tune`, read from a table thereafter.
 
-Without a table, and for shapes that it does not know, the choice is by fixed rules (`winograd.serves`, `pointwise.serves`; cuDNN for
+Without a table, and for shapes that it does not know, the choice is by fixed rules (`winograd.serves`, `pointwise.serves`, `dot.serves`; cuDNN for
 Triton). A table is a file, so a choice is the same in every run; it counts for the device, the number of threads and the versions of
 bnfast and PyTorch that it was measured with. The environment variables that force a way (BNFAST_WINOGRAD, BNFAST_POINTWISE,
-BNFAST_TRITON_CONV) come first.
+BNFAST_DOT, BNFAST_TRITON_CONV) come first.
 
     BNFAST_TUNING=/path/to/file.json    instead of bnfast/tuning.json in $XDG_CACHE_HOME (~/.cache)
     BNFAST_TUNING=0                     no table
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
         )
 
 
-WAYS = {"cpu": ("winograd", "product", "direct"), "triton": ("cudnn", "fused")}
+WAYS = {"cpu": ("winograd", "product", "dot", "direct"), "triton": ("cudnn", "fused")}
 
 
 @dataclass

@@ -38,17 +38,9 @@ _LANES = 16
 _MOST_WASTE = {1: 2.0, 2: 1.4}
 
 
-def _bf16_limits() -> dict[int, float]:
-    """_MOST_WASTE in bfloat16. The form is computed in float32; a processor that multiplies bfloat16 makes the direct form twice as fast
-    (AVX512_BF16), or many times (AMX)."""
-    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-        return {1: 0.0, 2: 0.0}
-    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return {1: 1.4, 2: 0.0}
-    return _MOST_WASTE
-
-
-_MOST_WASTE_BF16 = _bf16_limits()
+# In bfloat16 by the capability. The form is computed in float32; where bfloat16 is multiplied, twice as fast by vectors and many times by matrices,
+# `dot` is the other way.
+_MOST_WASTE_BF16 = {"avx512_bf16": {1: 1.4, 2: 0.0}, "amx": {1: 0.0, 2: 0.0}}
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
@@ -171,5 +163,7 @@ def _pays(
     capability: str,
 ) -> bool:
     waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
-    most = _MOST_WASTE_BF16 if dtype == torch.bfloat16 else _MOST_WASTE
+    most = _MOST_WASTE
+    if dtype == torch.bfloat16:
+        most = _MOST_WASTE_BF16.get(capability, most)
     return channels >= 16 <= out_channels and waste <= most[stride] and capability != "baseline"

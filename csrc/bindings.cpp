@@ -40,6 +40,25 @@ TORCH_LIBRARY(bnfast, m) {
   m.def("se_fwd_reduce(Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope) -> Tensor");
   m.def(
       "se_bwd_sums(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, str act, float slope) -> Tensor");
+  m.def("dot_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "dot_dgrad(Tensor dz, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] stride, int[] padding, int[] dilation) "
+      "-> Tensor");
+  m.def(
+      "dot_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, float slope, "
+      "Tensor weights, Tensor? bias, SymInt out_channels, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "dot_fwd_reduce(Tensor x, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, str act, float slope, "
+      "Tensor weights, Tensor? bias, SymInt out_channels, int[] stride, int[] padding, int[] dilation, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> (Tensor z, Tensor own_mean, Tensor own_rstd)");
+  m.def(
+      "dot_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
+      "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] stride, int[] padding, "
+      "int[] dilation, Tensor? add, Tensor? z_below, Tensor? bits, "
+      "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
+      "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
+      "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
   m.def("grouped_conv(Tensor x, Tensor taps, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "grouped_fwd_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, str act, "
@@ -114,7 +133,7 @@ constexpr const char* kCudaArchitectures = "";
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of bnfast; importing it registers torch.ops.bnfast.*";
   m.def("cpu_capability", [] { return bnfast::cpu_capability().name; },
-        "The instruction set that the kernels use here: baseline, avx2 or avx512.");
+        "The instruction set that the kernels use here: baseline, avx2, avx512, avx512_bf16 or amx.");
   m.def("weight_checksum", &bnfast::weight_checksum, pybind11::arg("weight"),
         "A checksum of a CPU tensor over 1,024 to 4,096 evenly spaced elements.");
   m.def("enter_pool", &bnfast::PoolScope::enter,

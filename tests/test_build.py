@@ -34,7 +34,7 @@ def test_no_avx_register_outside_the_capability_namespaces():
         if head:
             symbol = head.group(1)
         elif re.search(r"%[yz]mm\d|\t\{?v(mov|add|mul|sub|broadcast|fmadd)\w+ ", line):
-            if re.search(r"6bnfast(4avx2|6avx512)", symbol):
+            if re.search(r"6bnfast(4avx2|6avx512|11avx512_bf16|3amx)", symbol):
                 seen_in_capability += 1
             else:
                 guilty.setdefault(symbol, line)
@@ -82,7 +82,7 @@ def _run(capability: str) -> tuple[str, str]:
 
 @needs_extension
 @x86_only
-@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_capabilities_agree_bit_for_bit(capability):
     assert _run(capability) == (capability, _run("baseline")[1])
 
@@ -93,4 +93,4 @@ def test_unknown_capability_is_refused():
     code = "from bnfast import native; native.cpu_capability()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "mmx" in done.stderr and "baseline, avx2 and avx512" in done.stderr
+    assert "mmx" in done.stderr and "baseline, avx2, avx512, avx512_bf16 and amx" in done.stderr

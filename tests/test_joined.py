@@ -10,7 +10,7 @@ from closeness import assert_bit_equal, assert_close_to_oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnfast import grouped, native, ops, pointwise, reference, winograd
+from bnfast import dot, grouped, native, ops, pointwise, reference, winograd
 from bnfast.reference import Above, Below, Beside, Norm
 
 pytestmark = [
@@ -25,8 +25,8 @@ STATS = (None, None, None, 0.1, 1e-5)
 @pytest.fixture
 def everywhere(monkeypatch):
     """Our convolutions wherever they can be used, not only where they pay."""
-    monkeypatch.setattr(winograd, "mode", "1")
-    monkeypatch.setattr(pointwise, "mode", "1")
+    for family in (winograd, pointwise, dot):
+        monkeypatch.setattr(family, "mode", "1")
     monkeypatch.setattr(grouped, "_WIDTHS_BF16", grouped._WIDTHS)
 
 
@@ -63,13 +63,16 @@ class Kernel(NamedTuple):
         pad = 0 if self.side == 1 else pad
         return (size + 2 * pad - self.side) // self.stride + 1
 
-    def is_ours(self, dtype: torch.dtype, channels: int) -> bool:
-        """Whether the convolution exists and is joined: products of 1x1 convolutions are float32 alone."""
+    def is_ours(self, dtype: torch.dtype, channels: int, out_channels: int) -> bool:
+        """Whether the convolution exists and is joined: in bfloat16 as a product of matrices, where the processor has that."""
         if self.group and channels % self.group:
             return False
         if self.group > 1 and native.cpu_capability() == "baseline":
             return False
-        return self.side > 1 or dtype == torch.float32
+        if self.group or dtype == torch.float32 or winograd.mode == "1" and self.side > 1:
+            return True
+        is_even = channels % 2 == 0 == out_channels % 2
+        return native.cpu_capability() in ("avx512_bf16", "amx") and is_even
 
 
 SIZES = dict(
@@ -85,11 +88,11 @@ SIZES = dict(
         ]
     ),
     pad=st.integers(0, 2),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, "dot"]),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 MANY = settings(
-    max_examples=220,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
@@ -110,6 +113,12 @@ LARGE = [
     ((2, 104, 40, 37), 104, Kernel(3, 1, 8)),
     ((3, 48, 41, 36), 48, Kernel(3, 2, 16)),
 ]
+
+
+def dtype_of(kind: torch.dtype | str) -> torch.dtype:
+    """ "dot": bfloat16 without Winograd's form, which comes first."""
+    winograd.mode = "0" if kind == "dot" else "1"
+    return torch.bfloat16 if kind == "dot" else kind
 
 
 def check_moments(z: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> None:
@@ -143,12 +152,13 @@ def check_forward(
 def test_forward_on_random_shapes(
     batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, has_norm, has_bias
 ):
+    out_channels = channels if kernel.group else out_channels
+    dtype = dtype_of(dtype)
     if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(
-        dtype, channels
+        dtype, channels, out_channels
     ):
         return
     torch.manual_seed(seed)
-    out_channels = channels if kernel.group else out_channels
     size = (batch, channels, height, width)
     check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias, dtype)
 
@@ -237,12 +247,13 @@ def test_backward_on_random_shapes(
     batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, below_act, has_above,
     has_add, kind, beside,
 ):  # fmt: skip
+    out_channels = channels if kernel.group else out_channels
+    dtype = dtype_of(dtype)
     if min(kernel.output_size(s, pad) for s in (height, width)) < 1 or not kernel.is_ours(
-        dtype, channels
+        dtype, channels, out_channels
     ):
         return
     torch.manual_seed(seed)
-    out_channels = channels if kernel.group else out_channels
     check_backward(
         (batch, channels, height, width), out_channels, kernel, pad, act, below_act, has_above,
         has_add, kind, beside, dtype,
@@ -252,28 +263,38 @@ def test_backward_on_random_shapes(
 @pytest.mark.parametrize("size, out_channels, kernel", LARGE, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_several_units_of_work(size, out_channels, kernel, threads):
-    if not kernel.is_ours(torch.float32, size[1]):
+    if not kernel.is_ours(torch.float32, size[1], out_channels):
         pytest.skip("PyTorch's with vectors of 128 bits")
     torch.set_num_threads(threads)
     check_forward(size, out_channels, kernel, 1, "relu", True, False)
-    if kernel.is_ours(torch.bfloat16, size[1]):
-        args = (size, out_channels, kernel, 1)
-        check_forward(*args, "silu", True, True, torch.bfloat16)
-        check_backward(*args, "relu", "relu6", True, True, "bits", True, torch.bfloat16)
+    for kind in (torch.bfloat16, "dot"):
+        dtype = dtype_of(kind)
+        if kernel.is_ours(dtype, size[1], out_channels):
+            args = (size, out_channels, kernel, 1)
+            check_forward(*args, "silu", True, True, dtype)
+            check_backward(*args, "relu", "relu6", True, True, "bits", True, dtype)
+    dtype_of(torch.float32)
     check_backward(
         size, out_channels, kernel, 1, "silu", "relu", True, True, "bits", size[1] % 2 == 0
     )
     check_backward(size, out_channels, kernel, 1, "relu", "hardswish", True, False, "from z", False)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, "dot"], ids=str)
 @pytest.mark.parametrize("size, out_channels, kernel", LARGE, ids=str)
-def test_bits_are_the_same_for_any_number_of_threads(size, out_channels, kernel):
-    z, own = last(*size), norm(size[1])
+def test_bits_are_the_same_for_any_number_of_threads(size, out_channels, kernel, kind):
+    dtype = dtype_of(kind)
+    if not kernel.is_ours(dtype, size[1], out_channels):
+        pytest.skip("PyTorch's on this processor")
+    z, own = last(*size, dtype=dtype), norm(size[1])
     weight = kernel.weight(out_channels, size[1])
     conv = kernel.geometry(size[1], 1)
-    dy = last(size[0], out_channels, *(kernel.output_size(s, 1) for s in size[2:]))
+    dy = last(size[0], out_channels, *(kernel.output_size(s, 1) for s in size[2:]), dtype=dtype)
     above = Above(
-        last(*dy.shape), *norm(out_channels), torch.randn(out_channels), torch.randn(out_channels)
+        last(*dy.shape, dtype=dtype),
+        *norm(out_channels),
+        torch.randn(out_channels),
+        torch.randn(out_channels),
     )
     results = []
     for threads in (1, 2, 3, 7):

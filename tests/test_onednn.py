@@ -5,7 +5,7 @@ import torch
 from closeness import assert_bit_equal
 
 import bnfast
-from bnfast import grouped, native, onednn, reference, weights, winograd
+from bnfast import dot, grouped, native, onednn, reference, weights, winograd
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable)),
@@ -34,6 +34,7 @@ def test_bits_of_the_stock_convolution(name, dtype, monkeypatch):
     """Forward with bias and data gradient, on the shape that the weight was packed for and on others."""
     monkeypatch.setattr(winograd, "mode", "0")
     monkeypatch.setattr(grouped, "mode", "0")
+    monkeypatch.setattr(dot, "mode", "0")
     shape, stride, padding, dilation, groups = CONVS[name]
     weight = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(shape[0])

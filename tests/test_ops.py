@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bnfast
-from bnfast import dispatch, native, ops, pointwise, reference, weights, winograd
+from bnfast import dispatch, dot, native, ops, pointwise, reference, weights, winograd
 
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
 ACTIVATIONS = {
@@ -219,7 +219,10 @@ def operator_inputs(name: str):
         yield last(2, 5, 4, 3), (8, 5), (2, 2)
         yield last(2, 3, 3, 7).bfloat16(), (7, 7), (3, 1)
         return
-    if name.startswith(("winograd_", "pointwise_")) and name != "pointwise_bwd_reduce_apply_dgrad":
+    if (
+        name.startswith(("winograd_", "pointwise_", "dot_"))
+        and name != "pointwise_bwd_reduce_apply_dgrad"
+    ):
         yield from convolution_inputs(name, acts)
         return
     if name == "pointwise_bwd_reduce_apply_dgrad":
@@ -329,7 +332,14 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
         ((20, 18, [1, 1], 1), (3, 32, [0, 2], 1), (20, 18, [1, 1], 2)), acts, strict=False
     ):
         x = last(2, channels, 9, 7)
-        if name.startswith("winograd_"):
+        if name.startswith("dot_"):
+            if channels % 2:
+                continue
+            x = x.bfloat16()
+            weights = dot.packed_weight(torch.randn(out, channels, 3, 3))
+            geometry = ([stride, stride], padding, [1, 1])
+            sizes = winograd.output_size([9, 7], (stride, stride), padding)
+        elif name.startswith("winograd_"):
             weights = winograd.transformed_weight(torch.randn(out, channels, 3, 3), stride)
             geometry = (padding, stride)
             sizes = winograd.output_size([9, 7], (stride, stride), padding)
@@ -343,7 +353,7 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
         elif name.endswith("_fwd_apply"):
             norm = torch.rand(4, out) + 0.5  # mean, rstd, gamma, beta
             conv = (weights, torch.randn(out), out, *geometry)
-            yield (x, *norm, last(2, out, *sizes), act, 0.01, *conv)
+            yield (x, *norm, last(2, out, *sizes).to(x.dtype), act, 0.01, *conv)
             yield (x, *norm[:2], None, None, None, act, 0.01, *conv)
         elif name.endswith("_fwd_reduce"):
             stats = (*statistics(out, torch.float32), 0.1, 1e-5)
@@ -371,14 +381,20 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
                 sizes = [(n - 1) * stride + 3 - 2 * p for n, p in zip((9, 7), padding, strict=True)]
                 geometry = (sizes, *geometry)
             conv = (weights, out, *geometry)
-            if name == "winograd_dgrad":
+            if name in ("winograd_dgrad", "dot_dgrad"):
                 yield (x, *conv)
                 continue
-            below = (last(2, out, *sizes), None, *torch.rand(4, out), act, 0.01)
-            beside = (last(2, out, *sizes), *torch.rand(2, out))
-            above = (last(2, channels, 9, 7), *vectors, *torch.rand(2, channels), act, 0.01)
+            below = (last(2, out, *sizes).to(x.dtype), None, *torch.rand(4, out), act, 0.01)
+            beside = (last(2, out, *sizes).to(x.dtype), *torch.rand(2, out))
+            above = (
+                last(2, channels, 9, 7).to(x.dtype),
+                *vectors,
+                *torch.rand(2, channels),
+                act,
+                0.01,
+            )
             nothing = (None,) * 7
-            yield (x, *above, *conv, last(2, out, *sizes), *below, *beside)
+            yield (x, *above, *conv, last(2, out, *sizes).to(x.dtype), *below, *beside)
             yield (x, *nothing, "identity", 0.0, *conv, None, *below, None, None, None)
             yield (x, *above, *conv, None, *nothing[:6], "identity", 0.0, None, None, None)
 
@@ -425,6 +441,8 @@ def registered_operators() -> list[str]:
 @needs_native
 @pytest.mark.parametrize("name", registered_operators())
 def test_opcheck(name):
+    if name.startswith("dot_") and native.cpu_capability() not in ("avx512_bf16", "amx"):
+        pytest.skip("the processor does not multiply bfloat16, or is not to")
     operator = getattr(torch.ops.bnfast, name).default
     cheap = ("test_schema", "test_autograd_registration", "test_faketensor")
     for i, args in enumerate(operator_inputs(name)):

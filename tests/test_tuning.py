@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bnfast
-from bnfast import dispatch, native, pointwise, tuning, winograd
+from bnfast import dispatch, dot, native, pointwise, tuning, winograd
 from bnfast.cli import main
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=str(native.unavailable))
@@ -19,7 +19,7 @@ def table(tmp_path, monkeypatch):
     """The path of a table that is not there yet, and in force."""
     file = tmp_path / "cache" / "tuning.json"
     monkeypatch.setenv("BNFAST_TUNING", str(file))
-    for form in (winograd, pointwise):
+    for form in (winograd, pointwise, dot):
         monkeypatch.setattr(form, "mode", "")
     tuning._refresh()
     yield file
@@ -56,6 +56,28 @@ def rewritten(file, way_of) -> None:
             row["way"] = way_of(row)
     file.write_text(json.dumps(content))
     tuning._refresh()
+
+
+@pytest.mark.skipif(
+    native.cpu_capability() not in ("avx512_bf16", "amx"),
+    reason="the processor does not multiply bfloat16, or is not to",
+)
+def test_bfloat16_has_a_third_way(table):
+    model = net()
+    with torch.autocast("cpu", torch.bfloat16):
+        forms(bnfast.convert(model))
+    rows = bnfast.tune(model, images(), autocast=torch.bfloat16, rounds=1)
+    assert [(row.shape.weight[:2], set(row.seconds)) for row in rows] == [
+        ((32, 16), {"dot", "direct"}),
+        ((24, 32), {"winograd", "dot", "direct"}),
+    ]
+    converted = bnfast.convert(model)
+    for way, form in (("winograd", "winograd"), ("dot", "dot"), ("direct", "packed")):
+        rewritten(table, lambda row, way=way: way if way in row["seconds"] else "dot")
+        with torch.autocast("cpu", torch.bfloat16):
+            kept = forms(converted)
+        assert kept["6"] == {form}
+        assert kept["3"] == {"packed" if way == "direct" else "dot"}
 
 
 def test_tune_writes_what_later_steps_follow(table):

@@ -163,9 +163,16 @@ def test_nan_stays_with_the_outputs_that_it_reaches(everywhere):
 
 
 def serves(
-    x, out_channels=32, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
+    x,
+    out_channels=32,
+    kernel=(3, 3),
+    stride=(1, 1),
+    padding=(1, 1),
+    dilation=(1, 1),
+    groups=1,
+    capability="avx512",
 ):
-    return winograd.serves(x, kernel, out_channels, stride, padding, dilation, groups, "avx512")
+    return winograd.serves(x, kernel, out_channels, stride, padding, dilation, groups, capability)
 
 
 def test_the_choice(monkeypatch):
@@ -173,14 +180,14 @@ def test_the_choice(monkeypatch):
     x = torch.empty(2, 32, 8, 8)
     assert serves(x)
     assert not serves(x.double()) and not serves(x.half())
-    for amx, bf16, expected in (
-        (False, False, (True, True)), (False, True, (True, False)), (True, True, (False, False)),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
-        monkeypatch.setattr(winograd, "_MOST_WASTE_BF16", winograd._bf16_limits())
-        assert tuple(serves(x.bfloat16(), stride=(s, s)) for s in (1, 2)) == expected
-        assert serves(x) and serves(x, stride=(2, 2))
+    for capability, expected in (
+        ("avx512", (True, True)),
+        ("avx512_bf16", (True, False)),
+        ("amx", (False, False)),
+    ):
+        on = dict(capability=capability)
+        assert tuple(serves(x.bfloat16(), stride=(s, s), **on) for s in (1, 2)) == expected
+        assert serves(x, **on) and serves(x, stride=(2, 2), **on)
     assert not serves(x, kernel=(1, 3)) and not serves(x, dilation=(1, 2))
     assert (
         serves(x, stride=(2, 2)) and not serves(x, stride=(1, 2)) and not serves(x, stride=(3, 3))

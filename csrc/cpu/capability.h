@@ -2,10 +2,16 @@
 #pragma once
 
 #include "bn.h"
+#include "conv_dot.h"
 #include "conv_grouped.h"
 #include "conv_pointwise.h"
 #include "conv_winograd.h"
 #include "max_pool.h"
+
+// Where the compiler knows the instructions and the operating system's way to ask for them is known.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define BNFAST_HAS_AMX
+#endif
 
 namespace bnfast {
 
@@ -18,9 +24,19 @@ struct Capability {
   MaxPoolKernels max_pool[static_cast<int>(Dtype::kCount)];
   WinogradKernels winograd[static_cast<int>(Dtype::kCount)];
   PointwiseKernels pointwise;   // float32
+  DotKernels dot;               // bfloat16
 };
 
-// The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512) asks for, if it can.
+// What a capability has for bfloat16 in place of another's.
+struct Bf16Kernels {
+  BnKernels bn;
+  GroupedKernels grouped;
+  MaxPoolKernels max_pool;
+  WinogradKernels winograd;
+  DotKernels dot;
+};
+
+// The best that this processor runs, or what BNFAST_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16, amx) asks for, if it can.
 const Capability& cpu_capability();
 
 }  // namespace bnfast

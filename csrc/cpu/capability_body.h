@@ -17,6 +17,7 @@ const Capability capability = {
     {max_pool_kernels<float>(), max_pool_kernels<double>(), max_pool_kernels<bf16>(), max_pool_kernels<f16>()},
     {winograd_kernels<float>(), winograd_kernels<double>(), winograd_kernels<bf16>(), winograd_kernels<f16>()},
     pointwise_kernels(),
+    {},
 };
 
 }  // namespace bnfast::BNFAST_NAMESPACE

@@ -1,8 +1,9 @@
 // A Block: 16 lanes of float or double in the machine's own vectors (one AVX-512 register, two AVX2, four SSE or NEON).
 //
 // All kernels compute on Blocks, in the same order on every instruction set, and the build has -ffp-contract=off: one
-// machine's bits are another's (but for sigmoid). Loads and stores convert f16 and bf16 (round to nearest even). Included once per
-// capability, inside its own namespace and its own target pragma; BNFAST_VECTOR_BYTES is the width of a register.
+// machine's bits are another's (but for sigmoid, and for subnormal bf16, which AVX512_BF16 stores as zeros). Loads and stores convert
+// f16 and bf16 (round to nearest even). Included once per capability, inside its own namespace and its own target pragma;
+// BNFAST_VECTOR_BYTES is the width of a register, BNFAST_ROUNDS_BF16 says that it is rounded to bf16 by an instruction.
 #pragma once
 
 #include <cmath>
@@ -14,13 +15,7 @@
 #include <immintrin.h>
 #endif
 
-namespace bnfast {
-
-// Storage formats; the torch types have the same layout.
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-
-}  // namespace bnfast
+#include "storage.h"
 
 // Everything below a kernel is inlined: Blocks stay in registers.
 #define BNFAST_INLINE __attribute__((always_inline)) inline
@@ -251,12 +246,17 @@ BNFAST_INLINE void store_block(double* to, const Block<double>& b) {
   Block<double>::parts([&](int p) BNFAST_INLINE_LAMBDA { std::memcpy(to + p * Block<double>::kLanes, &b.part[p], sizeof(b.part[p])); });
 }
 BNFAST_INLINE void store_block(bf16* to, const Block<float>& b) {
+#ifdef BNFAST_ROUNDS_BF16
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)b.part[0]);
+  std::memcpy(to, &half, sizeof(half));
+#else
   for (int p = 0; p < Block<float>::kParts; ++p) {
     const Words x = (Words)b.part[p];
     const Words rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
     const Words is_nan = (Words)((x & 0x7fffffffu) > 0x7f800000u);
     narrow((~is_nan & rounded) | (is_nan & ((x >> 16) | 0x40u)), &to->bits + p * Block<float>::kLanes);
   }
+#endif
 }
 BNFAST_INLINE void store_block(f16* to, const Block<float>& b) {
   for (int p = 0; p < Block<float>::kParts; ++p) {
