@@ -69,7 +69,7 @@ class Kernel(NamedTuple):
             return False
         if self.group > 1 and native.cpu_capability() == "baseline":
             return False
-        if self.group or dtype == torch.float32 or winograd.mode == "1" and self.side > 1:
+        if self.group or dtype == torch.float32 or (winograd.mode == "1" and self.side > 1):
             return True
         is_even = channels % 2 == 0 == out_channels % 2
         return native.cpu_capability() in ("avx512_bf16", "amx") and is_even
