@@ -27,6 +27,8 @@ VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
 WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
+DOT, DOT_GEOMETRY = "csrc/cpu/conv_dot_kernels.h", "csrc/cpu/conv_dot.h"
+DOT_OPERATORS, MATRICES = "csrc/cpu/conv_dot.cpp", "csrc/cpu/capability_amx.cpp"
 GROUPED, GROUPED_GEOMETRY = "csrc/cpu/conv_grouped_kernels.h", "csrc/cpu/conv_grouped.h"
 RECORDING, RECORDER = "csrc/recording.cpp", "bnfast/recording.py"
 INPUT_ROWS, JOINED = "csrc/cpu/input_rows.h", "csrc/cpu/conv_joined.h"
@@ -58,6 +60,7 @@ TESTS = (
     "tests/test_squeeze.py",
     "tests/test_winograd.py",
     "tests/test_pointwise.py",
+    "tests/test_dot.py",
     "tests/test_joined.py",
     "tests/test_max_pool.py",
     "tests/test_inference.py",
@@ -657,6 +660,76 @@ MUTATIONS = [
         WINOGRAD,
         "d.bias ? load_block(d.bias + k) : FloatBlock(0)",
         "FloatBlock(0)",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: the bias of the first block for all",
+        DOT,
+        "load_block(d.bias + (block + b) * kBlock)",
+        "load_block(d.bias + b * kBlock)",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: a partial block of channels written whole",
+        DOT,
+        "store(y, sum + bias[b], lanes);",
+        "store_block(y, sum + bias[b]);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: no zeros behind a row",
+        DOT_OPERATORS,
+        "std::memset(to + across_.in * channels_, 0, right *",
+        "std::memset(to + across_.in * channels_, 0, 0 *",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: no zeros above and below an image",
+        DOT_OPERATORS,
+        "std::memset(line, 0, row_elements() * sizeof(bf16));",
+        "",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: rows made from the first to the last",
+        DOT_OPERATORS,
+        "for (int64_t i = rows_of(count) - 1; i >= 0; --i) {",
+        "for (int64_t i = 0; i < rows_of(count); ++i) {",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: strided, all rows taken for those of one remainder",
+        DOT_OPERATORS,
+        "const int64_t line = row % down_.in_step() * class_elements(count)",
+        "const int64_t line = 0 * class_elements(count)",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "dot: the second sixteen positions are the first",
+        MATRICES,
+        "_tile_loadd(5, from + c + second, row_bytes);",
+        "_tile_loadd(5, from + c, row_bytes);",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "dot: taps that reach between two outputs are used",
+        DOT_GEOMETRY,
+        "return !is_gradient || (phase + padding - tap * dilation) % stride == 0;",
+        "return true;",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "dot: outputs that the image does not have are kept",
+        DOT,
+        "std::clamp<int64_t>(span_.columns - column_, 0, count)",
+        "std::clamp<int64_t>(span_.row_step - column_, 0, count)",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "dot: weights not transposed",
+        NATIVE,
+        "dot.packed_weight(w.transpose(0, 1))",
+        "dot.packed_weight(w.reshape(w.shape[1], w.shape[0], *w.shape[2:]))",
     ),
     Mutation(
         "conv_fwd_reduce",

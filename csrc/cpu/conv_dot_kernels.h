@@ -15,11 +15,19 @@ namespace bnfast::BNFAST_NAMESPACE {
 class DotOutputs {
  public:
   explicit DotOutputs(const DotSpan& span) : span_(span) {}
-  // That of the next position, null where the image has none.
-  bf16* next() {
-    bf16* const here = column_ < span_.columns ? span_.y + row_ * span_.y_row + column_ * span_.y_column : nullptr;
-    if (++column_ == span_.row_step) column_ = 0, ++row_;
-    return here;
+  // Those of the next `count` positions, null where the image has none.
+  void next(int64_t count, bf16** to) {
+    while (count > 0) {
+      const int64_t kept = std::clamp<int64_t>(span_.columns - column_, 0, count);
+      bf16* const first = span_.y + row_ * span_.y_row + column_ * span_.y_column;
+      for (int64_t i = 0; i < kept; ++i) to[i] = first + i * span_.y_column;
+      const int64_t between = std::min(count - kept, span_.row_step - column_ - kept);
+      std::fill(to + kept, to + kept + between, nullptr);
+      to += kept + between;
+      count -= kept + between;
+      column_ += kept + between;
+      if (column_ == span_.row_step) column_ = 0, ++row_;
+    }
   }
 
  private:
@@ -39,8 +47,8 @@ void dot_panel(const DotConv& d, const DotSpan& span, int64_t block, L lanes, Ru
   for (int64_t at = 0; at < count;) {
     bf16* to[kDotReadAhead];
     const int64_t rows = Tile::rows(count - at), exist = std::min(rows, count - at);
-    for (int64_t i = 0; i < exist; ++i) to[i] = outputs.next();
-    for (int64_t i = exist; i < rows; ++i) to[i] = nullptr;
+    outputs.next(exist, to);
+    std::fill(to + exist, to + rows, nullptr);
     Tile::template product<kBlocks>(d, span, span.x + at * d.x_step, weights, rows, ahead, [&](auto i, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
       if (!to[i]) return;
       bf16* const y = to[i] + (block + b) * kBlock;

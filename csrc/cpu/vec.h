@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -161,15 +162,26 @@ typedef uint32_t Words __attribute__((vector_size(BNFAST_VECTOR_BYTES)));
 using FloatVec = Block<float>::Vec;
 using FloatMask = Block<float>::IntVec;
 
+// In one instruction each, where there is one: compilers write out what __builtin_convertvector says in several.
 BNFAST_INLINE Words widen(const uint16_t* from) {
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
   HalfWords half;
   std::memcpy(&half, from, sizeof(half));
   return __builtin_convertvector(half, Words);
+#endif
 }
 
 BNFAST_INLINE void narrow(Words words, uint16_t* to) {
+#if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)words));
+#else
   const HalfWords half = __builtin_convertvector(words, HalfWords);
   std::memcpy(to, &half, sizeof(half));
+#endif
 }
 
 #if defined(__x86_64__) && BNFAST_VECTOR_BYTES == 64
@@ -245,17 +257,22 @@ BNFAST_INLINE void store_block(float* to, const Block<float>& b) {
 BNFAST_INLINE void store_block(double* to, const Block<double>& b) {
   Block<double>::parts([&](int p) BNFAST_INLINE_LAMBDA { std::memcpy(to + p * Block<double>::kLanes, &b.part[p], sizeof(b.part[p])); });
 }
+// As bf16 in the low half of each lane.
+BNFAST_INLINE Words bf16_bits(FloatVec v) {
+#ifdef BNFAST_ROUNDS_BF16
+  return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const Words x = (Words)v;
+  const Words rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
+  const Words is_nan = (Words)((x & 0x7fffffffu) > 0x7f800000u);
+  return (~is_nan & rounded) | (is_nan & ((x >> 16) | 0x40u));
+#endif
+}
 BNFAST_INLINE void store_block(bf16* to, const Block<float>& b) {
 #ifdef BNFAST_ROUNDS_BF16
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)b.part[0]);
-  std::memcpy(to, &half, sizeof(half));
+  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)b.part[0]));
 #else
-  for (int p = 0; p < Block<float>::kParts; ++p) {
-    const Words x = (Words)b.part[p];
-    const Words rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-    const Words is_nan = (Words)((x & 0x7fffffffu) > 0x7f800000u);
-    narrow((~is_nan & rounded) | (is_nan & ((x >> 16) | 0x40u)), &to->bits + p * Block<float>::kLanes);
-  }
+  for (int p = 0; p < Block<float>::kParts; ++p) narrow(bf16_bits(b.part[p]), &to->bits + p * Block<float>::kLanes);
 #endif
 }
 BNFAST_INLINE void store_block(f16* to, const Block<float>& b) {
@@ -355,6 +372,8 @@ template <class T>
 BNFAST_INLINE Block<acc_t<T>> rounded_to(const Block<acc_t<T>>& b) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     return b;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA { return (FloatVec)(bf16_bits(b.part[p]) << 16); });
   } else {
     T lane[kBlock];
     store_block(lane, b);
