@@ -338,6 +338,7 @@ class _Facts(NamedTuple):
     joins: list[bool]
     readers: list[list[int]]
     dropped: list[int]  # units whose z the backward pass makes again
+    is_last: bool  # the chain's output is in channels_last, and its gradient is to be
 
 
 class _Forward:
@@ -383,8 +384,11 @@ class _Forward:
                 if k is not None and k >= 0 and self.readers[k][-1] == i:
                     outputs[k] = None  # nobody reads it any more
         saved = (*self.saved, *self.saved_biases, *self.saved_places, *self.saved_squeeze)
-        facts = _Facts(self.input_sizes, self.shares, self.joins, self.readers, self.dropped)
-        return [outputs[len(self.specs) - 1], *saved], facts
+        y = outputs[len(self.specs) - 1]
+        facts = _Facts(
+            self.input_sizes, self.shares, self.joins, self.readers, self.dropped, _is_last(y)
+        )
+        return [y, *saved], facts
 
     def squeeze(self, x: Tensor, spec: _Spec, at: int) -> Tensor:
         """x through squeeze and excitation, whose tensors begin at `at`."""
@@ -643,6 +647,10 @@ class _Backward:
         self.flowing: list[Tensor | None] = [None] * (count + 1)
         # Whether a gradient was made here and nobody else holds it: then it may be written over.
         self.ours = [False] * (count + 1)
+        if facts.is_last and not self.dy.is_contiguous(memory_format=torch.channels_last):
+            # Once, and what a unit without BatchNorm gives on is in the layout of its input.
+            self.dy = self.dy.contiguous(memory_format=torch.channels_last)
+            self.ours[count - 1] = not torch.compiler.is_compiling()
         # (dgamma, dbeta) of units whose bn_bwd_reduce a convolution above has done.
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
         # (gate, shift) of units whose output's gradient is what flows times gate plus shift.

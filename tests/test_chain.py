@@ -510,6 +510,33 @@ def test_a_leading_batchnorm_waits_for_its_convolution(act, chain_backend, monke
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_gradient_in_another_layout_goes_on_in_that_of_the_input(side, normalize, chain_backend):
+    """Attention and means hand gradients back in NCHW, or expanded; behind a convolution without BatchNorm they stayed so."""
+    torch.manual_seed(0)
+    device = chain_backend.device
+    x = torch.randn(2, 16, 6, 5, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16, side, side, device=device) / 12
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    conv = ((1, 1), (side // 2,) * 2, (1, 1))
+    given, wide = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.double()
+    wide.requires_grad_()
+    unit = ops.Unit(weight, None, *conv, normalize=normalize)
+    y = ops.frozen_conv_bn_act(given, [unit], chain_backend.name)
+    expected = F.conv2d(wide, weight.double(), None, *conv)
+    if normalize:
+        expected = F.batch_norm(expected, None, None, training=True)
+    kept = torch.randn_like(y, memory_format=torch.contiguous_format)
+    for dy in (kept, kept[:, :, :1, :1].expand(y.shape)):
+        before = dy.clone()
+        (dx,) = torch.autograd.grad(y, given, dy, retain_graph=True)
+        (oracle,) = torch.autograd.grad(expected, wide, dy.double(), retain_graph=True)
+        torch.testing.assert_close(dx.double(), oracle, rtol=1e-4, atol=1e-4)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(dy, before)
+
+
 def test_links_that_lead_nowhere_are_refused():
     x, layer = torch.randn(2, 8, 4, 4), Layer(8, 8)
     with pytest.raises(ValueError, match=r"source of unit 1 is 1; allowed are -1 to 0"):
