@@ -33,8 +33,8 @@ def is_forced() -> bool:
 
 
 def can_serve(x: Tensor, weight: Tensor, groups: int, capability: str) -> bool:
-    """Whether the form gives a convolution of x [N, C, H, W] and its data gradient: bfloat16, two dimensions, one group, even numbers of channels,
-    on a processor that multiplies bfloat16."""
+    """Whether the form gives a convolution of x [N, C, H, W] and its data gradient: bfloat16, two dimensions, one group, even numbers of
+    channels, on a processor that multiplies bfloat16."""
     return (
         groups == 1
         and x.dtype == torch.bfloat16
@@ -45,8 +45,8 @@ def can_serve(x: Tensor, weight: Tensor, groups: int, capability: str) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor, groups: int, capability: str) -> bool:
-    """Whether the convolution of x, channels_last, runs in this form by the fixed rule: where it can, from 16 channels on, unless AMX could only
-    take fewer than 16 at once. BNFAST_DOT=0 turns it off, BNFAST_DOT=1 uses it wherever it can be used."""
+    """Whether the convolution of x, channels_last, runs in this form by the fixed rule: where it can, from 16 channels on, unless AMX could
+    only take fewer than 16 at once. BNFAST_DOT=0 turns it off, BNFAST_DOT=1 uses it wherever it can be used."""
     if mode == "0" or not can_serve(x, weight, groups, capability):
         return False
     if mode == "1":

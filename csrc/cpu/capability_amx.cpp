@@ -23,7 +23,8 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// 16 or 32 positions times one or two blocks of output channels. Registers: 0 to 3 sums, 4 and 5 inputs [16, step], 6 and 7 weights [step / 2, 16, 2].
+// 16 or 32 positions times one or two blocks of output channels. Registers: 0 to 3 sums, 4 and 5 inputs [16, step], 6 and 7 weights
+// [step / 2, 16, 2].
 class MatrixTile {
  public:
   explicit MatrixTile(const DotConv& d) {

@@ -58,7 +58,9 @@ struct VectorTile {
       }
     }
     unrolled<kRows>([&](auto r) BNFAST_INLINE_LAMBDA {
-      unrolled<kBlocks>([&](auto b) BNFAST_INLINE_LAMBDA { put(r, b, FloatBlock::make([&](int) BNFAST_INLINE_LAMBDA { return (FloatVec)sums[r * kBlocks + b]; })); });
+      unrolled<kBlocks>([&](auto b) BNFAST_INLINE_LAMBDA {
+        put(r, b, FloatBlock::make([&](int) BNFAST_INLINE_LAMBDA { return (FloatVec)sums[r * kBlocks + b]; }));
+      });
     });
   }
 };

@@ -2,10 +2,10 @@
 // that multiply bfloat16 (AVX512_BF16, AMX): arguments and the table of kernels (see bn.h for the pattern).
 //
 // An output is the sum over the taps that it meets, and over the channels of each, in pairs: one instruction multiplies two neighbouring
-// channels and adds both products to a float32 sum. The rows of x that are needed are laid into scratch memory, with the zeros that surround an
-// image written out and, where the convolution strides, rows of one remainder next to each other. Then the inputs that a tap meets lie at one step for all
-// outputs, from the end of a row of outputs to the beginning of the next one too: they are the rows of a matrix. The outputs between, at
-// places where the image has none, are computed and not kept.
+// channels and adds both products to a float32 sum. The rows of x that are needed are laid into scratch memory, with the zeros that surround
+// an image written out and, where the convolution strides, rows of one remainder next to each other. Then the inputs that a tap meets lie
+// at one step for all outputs, from the end of a row of outputs to the beginning of the next one too: they are the rows of a matrix. The
+// outputs between, at places where the image has none, are computed and not kept.
 #pragma once
 
 #include <algorithm>

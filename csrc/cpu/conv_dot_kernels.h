@@ -35,8 +35,8 @@ class DotOutputs {
   int64_t row_ = 0, column_ = 0;
 };
 
-// kBlocks blocks of output channels from `block` on of all positions of a span. Tile::product computes kDotReadAhead positions
-// or fewer, says how many, and hands each sum to put(position, block, sum).
+// kBlocks blocks of output channels from `block` on of all positions of a span. Tile::rows says how many positions Tile::product computes
+// together, at most kDotReadAhead, where so many are left; it hands each sum to put(position, block, sum).
 template <class Tile, int kBlocks, class L>
 void dot_panel(const DotConv& d, const DotSpan& span, int64_t block, L lanes, RunsAhead& ahead) {
   const bf16* const weights = d.weights + block * d.block_elements;
@@ -49,12 +49,13 @@ void dot_panel(const DotConv& d, const DotSpan& span, int64_t block, L lanes, Ru
     const int64_t rows = Tile::rows(count - at), exist = std::min(rows, count - at);
     outputs.next(exist, to);
     std::fill(to + exist, to + rows, nullptr);
-    Tile::template product<kBlocks>(d, span, span.x + at * d.x_step, weights, rows, ahead, [&](auto i, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
+    const auto put = [&](auto i, auto b, const FloatBlock& sum) BNFAST_INLINE_LAMBDA {
       if (!to[i]) return;
       bf16* const y = to[i] + (block + b) * kBlock;
       if constexpr (b + 1 == kBlocks) store(y, sum + bias[b], lanes);
       else store_block(y, sum + bias[b]);
-    });
+    };
+    Tile::template product<kBlocks>(d, span, span.x + at * d.x_step, weights, rows, ahead, put);
     at += rows;
   }
 }
