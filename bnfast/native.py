@@ -757,7 +757,7 @@ def _fake_dot_conv(x, weights, bias, out_channels, stride, padding, dilation):
     )
 
 
-def _fake_dot_dgrad(dz, weights, in_channels, input_size, stride, padding, dilation):
+def _fake_dgrad(dz, weights, in_channels, input_size, *geometry):
     return torch.empty(
         (dz.shape[0], in_channels, *input_size),
         dtype=dz.dtype,
@@ -862,15 +862,6 @@ def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride):
     )
 
 
-def _fake_winograd_dgrad(dy, weights, in_channels, input_size, padding, stride):
-    return torch.empty(
-        (dy.shape[0], in_channels, *input_size),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last,
-    )
-
-
 def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz.new_empty((dz.shape[0], weight.shape[1]))
@@ -926,10 +917,10 @@ if unavailable is None:
         ("conv_fwd_reduce", _fake_conv_fwd_reduce),
         ("conv_dgrad", _fake_conv_dgrad),
         ("dot_conv", _fake_dot_conv),
-        ("dot_dgrad", _fake_dot_dgrad),
+        ("dot_dgrad", _fake_dgrad),
         ("dot_fwd_apply", _fake_fwd_apply(_fake_dot_conv)),
         ("dot_fwd_reduce", _fake_fwd_reduce(_fake_dot_conv, 3)),
-        ("dot_dgrad_reduce", _fake_dgrad_reduce(_fake_dot_dgrad, 4)),
+        ("dot_dgrad_reduce", _fake_dgrad_reduce(_fake_dgrad, 4)),
         ("grouped_conv", _fake_grouped_conv),
         ("grouped_fwd_apply", _fake_grouped_fwd_apply),
         ("grouped_fwd_reduce", _fake_grouped_fwd_reduce),
@@ -944,8 +935,8 @@ if unavailable is None:
         ("winograd_conv", _fake_winograd_conv),
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv, 2)),
-        ("winograd_dgrad", _fake_winograd_dgrad),
-        ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_winograd_dgrad, 3)),
+        ("winograd_dgrad", _fake_dgrad),
+        ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_dgrad, 3)),
         ("bn_fwd_apply_max_pool", _fake_bn_fwd_apply_max_pool),
         ("max_pool_backward_bn_bwd_reduce", _fake_max_pool_backward_bn_bwd_reduce),
         ("max_pool", _fake_max_pool),
