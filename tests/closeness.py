@@ -12,7 +12,7 @@ in the oracle has to be finite, and every comparison is written so that a NaN fa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -88,6 +88,19 @@ def assert_bit_equal(actual: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: {int((~same).sum())} of {same.numel()} elements differ, the first at {at}: "
             f"{actual[at].item()!r}, expected {expected[at].item()!r}"
         )
+
+
+def assert_bits_of_any_number_of_threads(threads: int, run: Callable[[], Sequence[Tensor]]) -> None:
+    """What run() returns with so many threads is what it returns with those that are set now, bit for bit."""
+    expected = run()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = run()
+    finally:
+        torch.set_num_threads(before)
+    for i, (actual, one) in enumerate(zip(found, expected, strict=True)):
+        assert_bit_equal(actual, one, f"result {i} with {threads} threads")
 
 
 def _float64(tensor: Tensor) -> Tensor:

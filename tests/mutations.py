@@ -700,8 +700,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "dot: strided, all rows taken for those of one remainder",
         DOT_OPERATORS,
-        "const int64_t line = row % down_.in_step() * class_elements(count)",
-        "const int64_t line = 0 * class_elements(count)",
+        "const int64_t line = row % down_.in_step() * class_elements_",
+        "const int64_t line = 0 * class_elements_",
     ),
     Mutation(
         "conv_fwd_reduce",

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_bit_equal, assert_close_as_winograd
+from closeness import (
+    assert_bit_equal,
+    assert_bits_of_any_number_of_threads,
+    assert_close_as_winograd,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -98,19 +102,12 @@ def test_both_directions_on_random_shapes(
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_count_does_not_change_a_bit(everywhere, threads, stride):
     x, weight, step = channels_last(2, 96, 15, 9), frozen(160, 96), [stride, stride]
-    before = torch.get_num_threads()
 
     def results():
         y = native.conv_forward(x, weight, None, step, ONES, ONES, 1)
         return y, native.conv_dgrad(y, weight, [15, 9], step, ONES, ONES, 1)
 
-    expected = results()
-    try:
-        torch.set_num_threads(threads)
-        for name, found, one in zip(("y", "dx"), results(), expected, strict=True):
-            assert_bit_equal(found, one, name)
-    finally:
-        torch.set_num_threads(before)
+    assert_bits_of_any_number_of_threads(threads, results)
 
 
 @pytest.mark.parametrize("batch, size", [(3, 7), (20, 9)])

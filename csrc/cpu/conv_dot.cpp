@@ -188,17 +188,17 @@ class Dot {
     return (group / groups() * down_.in + std::min(down_.in, group % groups() * down_.in_step())) * across_.in;
   }
 
-  // Input rows of so many groups, those of one remainder by in_step() together.
+  // Input rows of so many groups.
   int64_t rows_of(int64_t count) const { return (count - 1) * down_.in_step() + down_.last() - first_row_ + 1; }
-  int64_t class_elements(int64_t count) const { return ceil_div(rows_of(count), down_.in_step()) * row_elements() + slack_; }
-  int64_t part_elements(int64_t count) const { return slack_ + down_.in_step() * class_elements(count); }
 
   void make_room() {
     slack_ = source_ ? whole_lines(source_->granularity() * channels_) : 0;
-    const int64_t most = std::min(groups(), groups_per_unit_), parts = ceil_div(groups_per_unit_, std::max<int64_t>(1, groups()));
+    class_elements_ = ceil_div(rows_of(std::min(groups(), groups_per_unit_)), down_.in_step()) * row_elements() + slack_;
+    part_elements_ = whole_lines(slack_ + down_.in_step() * class_elements_);
+    find_taps();
     // A flat x is read where it is, but for what lies behind the last whole tile.
     const int64_t read_ahead = whole_lines(kDotReadAhead * d_.x_step);
-    const int64_t made = reads_in_place() ? read_ahead : std::max<int64_t>(1, parts) * whole_lines(part_elements(std::max<int64_t>(1, most)));
+    const int64_t made = reads_in_place() ? read_ahead : ceil_div(groups_per_unit_, groups()) * part_elements_;
     elements_ = made + read_ahead;
     scratch_ = at::empty({at::get_num_threads() * elements_ + kAlign}, y.options().memory_format(at::MemoryFormat::Contiguous));
     bf16* const memory = elements(scratch_);
@@ -217,7 +217,7 @@ class Dot {
     for (int64_t i = rows_of(count) - 1; i >= 0; --i) {
       if (!reads_class(i % step)) continue;
       const int64_t row = part.begin * step + first_row_ + i;
-      bf16* const line = memory + i % step * class_elements(count) + i / step * row_elements();
+      bf16* const line = memory + i % step * class_elements_ + i / step * row_elements();
       if (row < 0 || row >= down_.in) {
         std::memset(line, 0, row_elements() * sizeof(bf16));
         continue;
@@ -240,19 +240,19 @@ class Dot {
     return false;
   }
 
-  // The taps of every phase for parts of so many groups, one phase after the other.
-  void find_taps(int64_t count, std::vector<DotTap>& taps, std::vector<int64_t>& ends) const {
+  // The taps of every phase, one phase after the other.
+  void find_taps() {
     for (int64_t a = 0; a < down_.out_step(); ++a) {
       for (int64_t b = 0; b < across_.out_step(); ++b) {
         for (int64_t r = 0; r < down_.kernel; ++r) {
           for (int64_t s = 0; s < across_.kernel; ++s) {
             if (!down_.meets(a, r) || !across_.meets(b, s)) continue;
             const int64_t row = down_.offset(a, r) - first_row_, column = across_.offset(b, s) - first_column_;
-            const int64_t line = row % down_.in_step() * class_elements(count) + row / down_.in_step() * row_elements();
-            taps.push_back({line + column * channels_, (r * across_.kernel + s) * channels_ * kDotLanes});
+            const int64_t line = row % down_.in_step() * class_elements_ + row / down_.in_step() * row_elements();
+            taps_.push_back({line + column * channels_, (r * across_.kernel + s) * channels_ * kDotLanes});
           }
         }
-        ends.push_back(static_cast<int64_t>(taps.size()));
+        ends_.push_back(static_cast<int64_t>(taps_.size()));
       }
     }
   }
@@ -265,20 +265,16 @@ class Dot {
     for (int64_t group = begin; group < end;) {
       const int64_t image = group / groups(), until = std::min(end, (image + 1) * groups());
       parts.push_back({image, group - image * groups(), until - image * groups(), memory + slack_});
-      memory += whole_lines(part_elements(until - group));
+      memory += part_elements_;
       group = until;
     }
-    // Parts of one unit are whole images or one piece of one.
-    std::vector<DotTap> taps;
-    std::vector<int64_t> ends;
-    find_taps(parts[0].end - parts[0].begin, taps, ends);
     std::vector<DotSpan> spans;
     if (reads_in_place()) {
-      add_in_place(parts[0], taps, scratch, spans);
+      add_in_place(parts[0], scratch, spans);
     } else {
       for (const Part& part : parts) {
         make_input(part, scratch + part.memory);
-        add_spans(part, scratch + part.memory, taps, ends, spans);
+        add_spans(part, scratch + part.memory, spans);
       }
     }
     DotConv d = d_;
@@ -288,13 +284,12 @@ class Dot {
     kernel_(d, spans.data(), static_cast<int64_t>(spans.size()), block, last_block);
   }
 
-  void add_spans(const Part& part, const bf16* memory, const std::vector<DotTap>& taps, const std::vector<int64_t>& ends,
-                 std::vector<DotSpan>& spans) const {
+  void add_spans(const Part& part, const bf16* memory, std::vector<DotSpan>& spans) const {
     const int64_t pixel = d_.out_channels;
     bf16* const first = static_cast<bf16*>(y.mutable_data_ptr()) + part.image * down_.out * across_.out * pixel;
     int64_t phase = 0, begin = 0;
     for (int64_t a = 0; a < down_.out_step(); ++a) {
-      for (int64_t b = 0; b < across_.out_step(); ++b, begin = ends[phase++]) {
+      for (int64_t b = 0; b < across_.out_step(); ++b, begin = ends_[phase++]) {
         DotSpan span;
         span.x = memory;
         span.rows = down_.count(part.begin, part.end, a);
@@ -303,21 +298,21 @@ class Dot {
         span.y = first + ((part.begin * down_.out_step() + a) * across_.out + b) * pixel;
         span.y_row = down_.out_step() * across_.out * pixel;
         span.y_column = across_.out_step() * pixel;
-        span.taps = taps.data() + begin;
-        span.tap_count = ends[phase] - begin;
+        span.taps = taps_.data() + begin;
+        span.tap_count = ends_[phase] - begin;
         if (span.positions() > 0) spans.push_back(span);
       }
     }
   }
 
   // Whole tiles of a flat x where they are; the pixels behind them from a copy, behind which there is something to read.
-  void add_in_place(const Part& part, const std::vector<DotTap>& taps, bf16* scratch, std::vector<DotSpan>& spans) const {
+  void add_in_place(const Part& part, bf16* scratch, std::vector<DotSpan>& spans) const {
     const int64_t begin = part.begin * across_.in, end = part.end * across_.in;
     const int64_t whole = begin + (end - begin) / kDotReadAhead * kDotReadAhead;
     std::memcpy(scratch, elements(x_) + whole * channels_, (end - whole) * channels_ * sizeof(bf16));
     const auto add = [&](const bf16* x, int64_t from, int64_t count) {
       bf16* const to = static_cast<bf16*>(y.mutable_data_ptr()) + from * d_.out_channels;
-      if (count > 0) spans.push_back({x, 1, count, count, to, 0, d_.out_channels, taps.data(), static_cast<int64_t>(taps.size())});
+      if (count > 0) spans.push_back({x, 1, count, count, to, 0, d_.out_channels, taps_.data(), static_cast<int64_t>(taps_.size())});
     };
     add(elements(x_) + begin * channels_, begin, whole - begin);
     add(scratch, whole, end - whole);
@@ -337,7 +332,7 @@ class Dot {
       const int64_t in = in_pixel(end), in_end = in_pixel(first_group(unit + 2));
       if (source_) {
         add(source_->reads(0), in, in_end, channels_);
-        if (count < kMostRuns) add(source_->reads_too(0), in, in_end, channels_);
+        add(source_->reads_too(0), in, in_end, channels_);
       } else {
         add(x_.const_data_ptr(), in, in_end, channels_);
       }
@@ -358,6 +353,9 @@ class Dot {
   int64_t row_step_;   // positions from the input of an output to that of the one below it
   int64_t groups_per_unit_, units_per_image_, units_, blocks_per_piece_, pieces_;
   int64_t slack_ = 0;   // elements that a source may write in front of a row
+  int64_t class_elements_ = 0, part_elements_ = 0;   // of scratch memory: rows of one remainder by in_step(), and a part
+  std::vector<DotTap> taps_;
+  std::vector<int64_t> ends_;   // of the taps of each phase
   int64_t elements_ = 0;
 };
 
