@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 try:
-    from ._C import clear_pool as _clear_pool
-    from ._C import weight_checksum as _checksum
-except ImportError:  # then there is no pool
-    _checksum = _clear_pool = None
+    from . import _C
+except ImportError:
+    _C = None
 
 
 @dataclass(slots=True)
@@ -57,9 +56,20 @@ def transformed(weight: Tensor, form: Hashable, make: Callable[[Tensor], Tensor]
     if _watched.by is not None:
         _watched.by.transformed(weight, made)
     if made is None:
-        with torch.no_grad():
-            made = entry.forms[form] = make(weight.detach())
+        made = entry.forms[form] = _made(weight, make)
     return made
+
+
+def _made(weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    # In the pool for its huge pages: large weights come from memory in every step, and of small pages each costs a walk.
+    if _C is not None:
+        _C.enter_pool()
+    try:
+        with torch.no_grad():
+            return make(weight.detach())
+    finally:
+        if _C is not None:
+            _C.leave_pool()
 
 
 def attached(weight: Tensor) -> dict[Hashable, Any]:
@@ -74,8 +84,8 @@ def clear_cache() -> None:
     """Forgets all transformed weights, which are computed again when next needed, and gives the activation buffers that are
     kept for the next step back to the operating system."""
     _entries.clear()
-    if _clear_pool is not None:
-        _clear_pool()
+    if _C is not None:
+        _C.clear_pool()
 
 
 def cache_bytes() -> int:
@@ -120,5 +130,5 @@ def _state(weight: Tensor) -> tuple:
         weight.shape,
         weight.stride(),
         # On a GPU to look at elements would be to wait for it.
-        _checksum(weight) if _checksum is not None and weight.is_cpu else None,
+        _C.weight_checksum(weight) if _C is not None and weight.is_cpu else None,
     )

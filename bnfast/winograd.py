@@ -34,13 +34,11 @@ _G = {
     ),
 }
 _LANES = 16
-# Places that are computed over those that exist, by the stride; the form is no gain beyond it.
-_MOST_WASTE = {1: 2.0, 2: 1.4}
-
-
-# In bfloat16 by the capability. The form is computed in float32; where bfloat16 is multiplied, twice as fast by vectors and many times by matrices,
-# `dot` is the other way.
-_MOST_WASTE_BF16 = {"avx512_bf16": {1: 1.4, 2: 0.0}, "amx": {1: 0.0, 2: 0.0}}
+# Products per output and pair of channels, of 9 in the direct form, by the stride; this form is no gain beyond it.
+_MOST_PRODUCTS = {1: 4.5, 2: 5.5}
+# In bfloat16 by the capability. The form is computed in float32; where bfloat16 is multiplied, twice as fast by vectors and many times by
+# matrices, `dot` is the other way.
+_MOST_PRODUCTS_BF16 = {"avx512_bf16": {1: 3.15, 2: 0.0}, "amx": {1: 0.0, 2: 0.0}}
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
@@ -120,7 +118,7 @@ def serves(
 ) -> bool:
     """Whether the convolution of x [N, C, H, W] with K = out_channels and 3x3 kernels runs in this form by the fixed rule.
 
-    Where it can it pays from 16 channels on, where tiles are not mostly outside of the output, and with vectors of 256 bits or
+    Where it can it pays from 16 channels on, where the output is not too small to save products, and with vectors of 256 bits or
     more; in bfloat16 where the processor does not multiply that so much faster. BNFAST_WINOGRAD=0 turns it off; BNFAST_WINOGRAD=1 uses it wherever it can be used.
     """
     if mode == "0" or not can_serve(x, kernel, stride, padding, dilation, groups):
@@ -162,8 +160,17 @@ def _pays(
     stride: int,
     capability: str,
 ) -> bool:
-    waste = 16 * -(-height // 4) * -(-width // 4) / (height * width)
-    most = _MOST_WASTE
+    products = _products_of_side(height, stride) * _products_of_side(width, stride)
+    most = _MOST_PRODUCTS
     if dtype == torch.bfloat16:
-        most = _MOST_WASTE_BF16.get(capability, most)
-    return channels >= 16 <= out_channels and waste <= most[stride] and capability != "baseline"
+        most = _MOST_PRODUCTS_BF16.get(capability, most)
+    few = products <= most[stride] * height * width
+    return few and channels >= 16 <= out_channels and capability != "baseline"
+
+
+def _products_of_side(outputs: int, stride: int) -> int:
+    """Of tiles of 4 outputs and a shorter one."""
+    tiles, rest = divmod(outputs, 4)
+    if stride == 1:
+        return 6 * tiles + (rest + 2 if rest else 0)
+    return 9 * tiles + (2 * rest + 1 if rest else 0)

@@ -27,6 +27,7 @@ VECTORS, ACTIVATIONS = "csrc/cpu/vec.h", "csrc/activation.h"
 WINOGRAD = "csrc/cpu/conv_winograd_kernels.h"
 MAX_POOL, MAX_POOL_OPERATORS = "csrc/cpu/max_pool_kernels.h", "csrc/cpu/max_pool.cpp"
 WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
+WINOGRAD_FORM = "csrc/cpu/conv_winograd.h"
 DOT, DOT_GEOMETRY = "csrc/cpu/conv_dot_kernels.h", "csrc/cpu/conv_dot.h"
 DOT_OPERATORS, MATRICES = "csrc/cpu/conv_dot.cpp", "csrc/cpu/capability_amx.cpp"
 GROUPED, GROUPED_GEOMETRY = "csrc/cpu/conv_grouped_kernels.h", "csrc/cpu/conv_grouped.h"
@@ -644,7 +645,7 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd: the last channels of the input forgotten",
         WINOGRAD,
-        "if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_places);",
+        "if (c < d.channels) transform(c, First{d.channels - c}, to + c);",
         "",
     ),
     Mutation(
@@ -791,15 +792,15 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd, stride 2: a factor in the transform of the input",
         WINOGRAD,
-        "v[2] = fma(d[1], 2, fma(d[2], -3, d[3]));",
-        "v[2] = fma(d[1], 2, fma(d[2], -1, d[3]));",
+        "v[2] = fma(d[1], 2, fma(d[2], -3, d[3]));\n    v[3] = outer;",
+        "v[2] = fma(d[1], 2, fma(d[2], -1, d[3]));\n    v[3] = outer;",
     ),
     Mutation(
         "conv_fwd_reduce",
         "winograd, stride 2: the middle tap forgotten",
         WINOGRAD,
-        "y[i] = y[i] + m[5 + i];",
-        "",
+        "BNFAST_INLINE_LAMBDA { y[i] = y[i] + m[5 + i]; }",
+        "BNFAST_INLINE_LAMBDA {}",
     ),
     Mutation(
         "conv_dgrad",
@@ -819,8 +820,36 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd, stride 2: points of one matrix spread over unused rows",
         WINOGRAD,
-        "begin + (i * across + j) * rows * columns;",
-        "begin + (i * across + j) * tiles * columns;",
+        "place_[i * kPoints + j] = begin + rows * columns;",
+        "place_[i * kPoints + j] = begin + ((i - a) * across + j - b) * d.tiles * columns;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: tiles short down take rows of those short across",
+        WINOGRAD,
+        "!Form::kForm.has(outputs_across, j) ? count[kShortAcross] : 0",
+        "!Form::kForm.has(outputs_across, j) ? count[kShortBoth] : 0",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: a factor in the transform of a tile with three outputs",
+        WINOGRAD,
+        "v[5] = fma(odd, -2, d[4] - d[2]);",
+        "v[5] = fma(odd, -1, d[4] - d[2]);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd: the last tile of a row taken for a whole one",
+        WINOGRAD_OPERATORS,
+        "d_.last_across = static_cast<int>(d_.out_width - d_.out_left - (d_.tile_columns - 1) * d_.form.out);",
+        "d_.last_across = d_.form.out;",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "winograd, stride 2: the last output of a short tile forgotten",
+        WINOGRAD_FORM,
+        "out == 8 ? (outputs + 1) / 2 : outputs",
+        "out == 8 ? outputs / 2 : outputs",
     ),
     Mutation(
         "conv_fwd_reduce",

@@ -99,6 +99,8 @@ class Winograd {
     d_.out_left = geometry.out_left;
     d_.tile_rows = ceil_div(d_.out_height - d_.out_top, d_.form.out);
     d_.tile_columns = ceil_div(d_.out_width - d_.out_left, d_.form.out);
+    d_.last_down = static_cast<int>(d_.out_height - d_.out_top - (d_.tile_rows - 1) * d_.form.out);
+    d_.last_across = static_cast<int>(d_.out_width - d_.out_left - (d_.tile_columns - 1) * d_.form.out);
     if (bias) {
       TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_channels, "bnfast: bias is of shape ", bias->sizes(), "; [",
                   out_channels, "] is needed");
@@ -189,10 +191,24 @@ class Winograd {
   // 12, 8 and 4, of which the smaller are slower, each unit reads the weights, and threads share units evenly only where these are
   // many. Beyond what fills the cache it grows by a hundredth per tile.
   double cost(int64_t rows, int64_t wanted) const {
-    const int64_t tiles = rows * d_.tile_columns, rest = tiles % 12;
-    const double groups = tiles - rest + (rest > 8 ? 14 : rest > 4 ? 8.5 : rest > 0 ? 5.5 : 0);
+    const auto groups = [](int64_t tiles) {
+      const int64_t rest = tiles % 12;
+      return static_cast<double>(tiles - rest) + (rest > 8 ? 14 : rest > 4 ? 8.5 : rest > 0 ? 5.5 : 0);
+    };
+    // Rows of tiles and tiles of a row that have a value, and values that they have along a side: all tiles, and all but the short ones.
+    const int64_t tiles = rows * d_.tile_columns, fewer_rows = rows - rows / d_.tile_rows, fewer_columns = d_.tile_columns - 1;
+    const double all_down = values_of(d_.last_down), less_down = d_.form.points - all_down;
+    const double all_across = values_of(d_.last_across), less_across = d_.form.points - all_across;
+    const double products = all_down * (all_across * groups(tiles) + less_across * groups(rows * fewer_columns)) +
+                            less_down * (all_across * groups(fewer_rows * d_.tile_columns) + less_across * groups(fewer_rows * fewer_columns));
     const int64_t units = ceil_div(rows_, rows), shared = units < kFewUnits ? ceil_div(units, kEven) * kEven : units;
-    return static_cast<double>(shared) * (groups + (weights_are_near_ ? 2 : 4)) * (1 + 0.01 * static_cast<double>(std::max<int64_t>(0, tiles - wanted)));
+    return static_cast<double>(shared) * (products / static_cast<double>(d_.points()) + (weights_are_near_ ? 2 : 4)) *
+           (1 + 0.01 * static_cast<double>(std::max<int64_t>(0, tiles - wanted)));
+  }
+  int values_of(int outputs) const {
+    int count = 0;
+    for (int value = 0; value < d_.form.points; ++value) count += d_.form.has(outputs, value);
+    return count;
   }
 
   void make_room() {

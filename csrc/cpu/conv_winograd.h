@@ -8,6 +8,9 @@
 //             0, 1, -1, 2 and infinity; the odd places are multiplied with w1 as they are. 4 outputs from 9 places, 9 products.
 //   kDoubled  the data gradient of kHalved: 8 outputs, every second one of them F(4, 2), the others one product each, from 5 places.
 // A^T and B^T are spelled out in conv_winograd_kernels.h. Products per tile and pair of channels: 36 of 144, and 81 of 144.
+//
+// Where the outputs are no multiple of a tile's, the last tile of a side is short: for fewer outputs fewer points do, some of the same,
+// and so of the same transformed weights. Kept are infinity and the first of the list.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +28,16 @@ struct WinogradForm {
   int in, in_step;     // places of the input that a tile depends on, and from one tile to the next
   int points;          // values of a transformed tile: one for each of the first five matrices, the others share the sixth
   int out;             // outputs of a tile
+
+  // Of a tile with only so many outputs: those that are taken through points, and those of one product each.
+  constexpr int through_points(int outputs) const { return out == 8 ? outputs / 2 : outputs; }
+  constexpr int direct(int outputs) const { return points == 6 ? 0 : out == 8 ? (outputs + 1) / 2 : outputs; }
+  // Whether it has this value.
+  constexpr bool has(int outputs, int value) const {
+    const int through = through_points(outputs), infinity = points == 6 ? 5 : 4, taps = points == 6 ? 3 : 2;
+    if (value > infinity) return value - 5 < direct(outputs);
+    return through > 0 && (value == infinity || value < through + taps - 2);
+  }
 };
 constexpr WinogradForm kSame = {6, 4, 6, 4}, kHalved = {9, 8, 9, 4}, kDoubled = {5, 4, 9, 8};
 
@@ -40,6 +53,7 @@ struct WinogradConv {
   int64_t channels, out_channels, height, width, out_height, out_width;
   int64_t in_top, in_left, out_top, out_left;   // the first place of the first tile; what lies outside of x is zero
   int64_t tile_rows, tile_columns;   // of one image
+  int last_down, last_across;        // outputs of the last tile of a column and of a row
   int64_t tiles;                     // that are transformed together, a multiple of kWinogradRowGroup
   const Run* upcoming;               // what is needed after these tiles, fetched into the cache meanwhile
   int upcoming_count;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "conv_winograd.h"
 #include "gemm_kernels.h"
@@ -17,7 +18,12 @@ BNFAST_INLINE FloatBlock fma(const FloatBlock& a, float b, const FloatBlock& c) 
   return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(a.part[p], FloatVec{} + b, c.part[p]); });
 }
 
-// The forms along one side: input is B^T d, output is A^T m.
+BNFAST_INLINE FloatBlock operator*(const FloatBlock& a, float b) {
+  return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return a.part[p] * b; });
+}
+
+// The forms along one side: input is B^T d, output is A^T m. With a number of outputs in front: of a short tile, which has only so many;
+// values that it has not are left as they are.
 struct Same {
   static constexpr WinogradForm kForm = kSame;
   static constexpr bool kUnrolled = true;
@@ -31,12 +37,56 @@ struct Same {
     v[4] = fma(odd2, -2, even2);
     v[5] = fma(d[1], 4, fma(d[3], -5, d[5]));
   }
+  static BNFAST_INLINE void input(int outputs, const FloatBlock (&d)[6], FloatBlock (&v)[6]) {
+    switch (outputs) {
+      case 1:
+        v[0] = (d[0] - d[1]) * 4;
+        v[1] = d[1] * -6;
+        v[5] = d[2] - d[1];
+        return;
+      case 2:
+        v[0] = (d[0] - d[2]) * 4;
+        v[1] = (d[1] + d[2]) * -3;
+        v[2] = (d[1] - d[2]) * 3;
+        v[5] = d[3] - d[1];
+        return;
+      case 3: {
+        const FloatBlock odd = d[3] - d[1];
+        v[0] = fma(d[0] - d[2], 4, odd * 2);
+        v[1] = fma(d[1], -6, (d[3] - d[2]) * 3);
+        v[2] = fma(d[1], 2, fma(d[2], -3, d[3]));
+        v[3] = odd * 4;
+        v[5] = fma(odd, -2, d[4] - d[2]);
+        return;
+      }
+      default: input(d, v);
+    }
+  }
   static BNFAST_INLINE void output(const FloatBlock (&m)[6], FloatBlock (&y)[4]) {
     const FloatBlock sum1 = m[1] + m[2], difference1 = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
     y[0] = m[0] + sum1 + sum2;
     y[1] = fma(difference2, 2, difference1);
     y[2] = fma(sum2, 4, sum1);
     y[3] = fma(difference2, 8, difference1) + m[5];
+  }
+  static BNFAST_INLINE void output(int outputs, const FloatBlock (&m)[6], FloatBlock (&y)[4]) {
+    switch (outputs) {
+      case 1:
+        y[0] = m[0] + m[1] + m[5];
+        return;
+      case 2:
+        y[0] = m[0] + m[1] + m[2];
+        y[1] = m[1] - m[2] + m[5];
+        return;
+      case 3: {
+        const FloatBlock sum = m[1] + m[2];
+        y[0] = m[0] + sum + m[3];
+        y[1] = fma(m[3], 2, m[1] - m[2]);
+        y[2] = fma(m[3], 4, sum) + m[5];
+        return;
+      }
+      default: output(m, y);
+    }
   }
 };
 
@@ -50,12 +100,51 @@ struct OuterTaps {
     v[3] = outer;
     v[4] = fma(outer, -2, d[4] - d[2]);
   }
+  static BNFAST_INLINE void input(int outputs, const FloatBlock (&d)[5], FloatBlock* v) {
+    switch (outputs) {
+      case 0: return;
+      case 1:
+        v[0] = d[0] * 2;
+        v[4] = d[1];
+        return;
+      case 2:
+        v[0] = (d[0] - d[1]) * 2;
+        v[1] = d[1] * -2;
+        v[4] = d[2] - d[1];
+        return;
+      case 3:
+        v[0] = (d[0] - d[2]) * 2;
+        v[1] = (d[1] + d[2]) * -1;
+        v[2] = (d[1] - d[2]) * 3;
+        v[4] = d[3] - d[1];
+        return;
+      default: input(d, v);
+    }
+  }
   static BNFAST_INLINE void output(const FloatBlock* m, FloatBlock (&y)[4]) {
     const FloatBlock sum = m[1] + m[2], difference = m[1] - m[2];
     y[0] = m[0] + sum + m[3];
     y[1] = fma(m[3], 2, difference);
     y[2] = fma(m[3], 4, sum);
     y[3] = fma(m[3], 8, difference) + m[4];
+  }
+  static BNFAST_INLINE void output(int outputs, const FloatBlock* m, FloatBlock (&y)[4]) {
+    switch (outputs) {
+      case 0: return;
+      case 1:
+        y[0] = m[0] + m[4];
+        return;
+      case 2:
+        y[0] = m[0] + m[1];
+        y[1] = m[1] + m[4];
+        return;
+      case 3:
+        y[0] = m[0] + m[1] + m[2];
+        y[1] = m[1] - m[2];
+        y[2] = m[1] + m[2] + m[4];
+        return;
+      default: output(m, y);
+    }
   }
 };
 struct Halved {
@@ -65,9 +154,17 @@ struct Halved {
     OuterTaps::input({d[0], d[2], d[4], d[6], d[8]}, v);
     unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { v[5 + i] = d[2 * i + 1]; });
   }
+  static BNFAST_INLINE void input(int outputs, const FloatBlock (&d)[9], FloatBlock (&v)[9]) {
+    OuterTaps::input(outputs, {d[0], d[2], d[4], d[6], d[8]}, v);
+    for (int i = 0; i < outputs; ++i) v[5 + i] = d[2 * i + 1];
+  }
   static BNFAST_INLINE void output(const FloatBlock (&m)[9], FloatBlock (&y)[4]) {
     OuterTaps::output(m, y);
     unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { y[i] = y[i] + m[5 + i]; });
+  }
+  static BNFAST_INLINE void output(int outputs, const FloatBlock (&m)[9], FloatBlock (&y)[4]) {
+    OuterTaps::output(outputs, m, y);
+    for (int i = 0; i < outputs; ++i) y[i] = y[i] + m[5 + i];
   }
 };
 struct Doubled {
@@ -77,6 +174,10 @@ struct Doubled {
     OuterTaps::input(d, v);
     unrolled<4>([&](auto i) BNFAST_INLINE_LAMBDA { v[5 + i] = d[i]; });
   }
+  static BNFAST_INLINE void input(int outputs, const FloatBlock (&d)[5], FloatBlock (&v)[9]) {
+    OuterTaps::input(outputs / 2, d, v);
+    for (int i = 0; i < (outputs + 1) / 2; ++i) v[5 + i] = d[i];
+  }
   static BNFAST_INLINE void output(const FloatBlock (&m)[9], FloatBlock (&y)[8]) {
     FloatBlock outer[4];
     OuterTaps::output(m, outer);
@@ -84,6 +185,11 @@ struct Doubled {
       y[2 * i] = m[5 + i];
       y[2 * i + 1] = outer[i];
     });
+  }
+  static BNFAST_INLINE void output(int outputs, const FloatBlock (&m)[9], FloatBlock (&y)[8]) {
+    FloatBlock outer[4];
+    OuterTaps::output(outputs / 2, m, outer);
+    for (int i = 0; i < outputs; ++i) y[i] = i % 2 == 0 ? m[5 + i / 2] : outer[i / 2];
   }
 };
 
@@ -97,43 +203,112 @@ BNFAST_INLINE void each(F f) {
   }
 }
 
+// Counts tiles without dividing.
+struct TileCounter {
+  int64_t columns, rows, tile, row, row_of_image, image, column;
+  TileCounter(int64_t tile, const WinogradConv& d)
+      : columns(d.tile_columns), rows(d.tile_rows), tile(tile), row(tile / columns), row_of_image(row % rows), image(row / rows),
+        column(tile % columns) {}
+  void next() {
+    ++tile;
+    if (++column < columns) return;
+    column = 0, ++row;
+    if (++row_of_image == rows) row_of_image = 0, ++image;
+  }
+};
+
+// The tiles that are transformed together, by kind. In scratch they lie in this order: then a value that some kinds lack lies at the same row
+// in every tile that has it, but for tiles short down, where tiles short across lack it.
+enum TileKind { kWhole, kShortAcross, kShortDown, kShortBoth, kTileKinds };
+template <class Form>
+struct Tiles {
+  static constexpr int kOut = Form::kForm.out;
+  int outputs_down, outputs_across;   // of short ones
+  int64_t count[kTileKinds];
+
+  // The tiles [begin, end), counted over images.
+  Tiles(const WinogradConv& d, int64_t begin, int64_t end) : outputs_down(d.last_down), outputs_across(d.last_across), count{} {
+    if (outputs_down == kOut && outputs_across == kOut) {
+      count[kWhole] = end - begin;
+      return;
+    }
+    for (TileCounter at(begin, d); at.tile < end; at.next()) ++count[kind(at)];
+  }
+  // The row of the first tile of a kind.
+  int64_t first(TileKind kind) const { return std::accumulate(count, count + kind, int64_t{0}); }
+  BNFAST_INLINE TileKind kind(const TileCounter& at) const {
+    const bool across = at.column + 1 == at.columns && outputs_across < kOut, down = at.row_of_image + 1 == at.rows && outputs_down < kOut;
+    return static_cast<TileKind>(2 * down + across);
+  }
+  BNFAST_INLINE int down(TileKind kind) const { return kind >= kShortDown ? outputs_down : kOut; }
+  BNFAST_INLINE int across(TileKind kind) const { return kind % 2 ? outputs_across : kOut; }
+  // Rows of value (i, j).
+  int64_t rows(int i, int j) const {
+    int64_t sum = 0;
+    for (int k = 0; k < kTileKinds; ++k) {
+      const auto of = static_cast<TileKind>(k);
+      if (Form::kForm.has(down(of), i) && Form::kForm.has(across(of), j)) sum += count[k];
+    }
+    return sum;
+  }
+  // Rows of all values.
+  int64_t values() const {
+    int64_t sum = 0;
+    for (int i = 0; i < Form::kForm.points; ++i) {
+      for (int j = 0; j < Form::kForm.points; ++j) sum += rows(i, j);
+    }
+    return sum;
+  }
+  // How much nearer value (., j) of a tile lies.
+  BNFAST_INLINE int64_t missing(TileKind kind, int j) const {
+    return kind == kShortDown && !Form::kForm.has(outputs_across, j) ? count[kShortAcross] : 0;
+  }
+};
+
 // Where the values of a tile lie: those of one point as [rows, columns], the points of one matrix one behind the other.
 template <class Form>
 class Places {
  public:
   static constexpr int kPoints = Form::kForm.points, kShared = kPoints - 5;   // points of the sixth matrix
-  static constexpr int points_of(int matrix) { return (matrix / 6 == 5 ? kShared : 1) * (matrix % 6 == 5 ? kShared : 1); }
 
-  // Room for `tiles` rows, of which `rows` are in use.
-  Places(int64_t tiles, int64_t rows, int64_t columns) {
+  Places(const WinogradConv& d, const Tiles<Form>& tiles, int64_t columns) {
     int64_t begin = 0;
     for (int a = 0; a < 6; ++a) {
       for (int b = 0; b < 6; ++b) {
         const int down = a == 5 ? kShared : 1, across = b == 5 ? kShared : 1;
-        for (int i = 0; i < down; ++i) {
-          for (int j = 0; j < across; ++j) place_[(a + i) * kPoints + b + j] = begin + (i * across + j) * rows * columns;
+        int64_t rows = 0;
+        for (int i = a; i < a + down; ++i) {
+          for (int j = b; j < b + across; ++j) {
+            place_[i * kPoints + j] = begin + rows * columns;
+            rows += tiles.rows(i, j);
+          }
         }
-        begin += down * across * tiles * columns + kWinogradLanes;
+        rows_[a * 6 + b] = rows;
+        begin += down * across * d.tiles * columns + kWinogradLanes;
       }
     }
   }
+  // Of the first tile that has it.
   BNFAST_INLINE int64_t operator()(int i, int j) const { return place_[i * kPoints + j]; }
   int64_t matrix(int index) const { return (*this)(index / 6, index % 6); }
+  int64_t rows(int matrix) const { return rows_[matrix]; }
 
  private:
-  int64_t place_[kPoints * kPoints];
+  int64_t place_[kPoints * kPoints], rows_[kWinogradMatrices];
 };
 // A point is a matrix: no table.
 template <>
 class Places<Same> {
  public:
-  static constexpr int points_of(int) { return 1; }
-  Places(int64_t tiles, int64_t, int64_t columns) : step_(tiles * columns + kWinogradLanes) {}
+  Places(const WinogradConv& d, const Tiles<Same>& tiles, int64_t columns) : step_(d.tiles * columns + kWinogradLanes) {
+    for (int i = 0; i < kWinogradMatrices; ++i) rows_[i] = tiles.rows(i / 6, i % 6);
+  }
   BNFAST_INLINE int64_t operator()(int i, int j) const { return (i * 6 + j) * step_; }
   int64_t matrix(int index) const { return index * step_; }
+  int64_t rows(int matrix) const { return rows_[matrix]; }
 
  private:
-  int64_t step_;
+  int64_t step_, rows_[kWinogradMatrices];
 };
 
 // The places of a tile: rows of pixels at one step, or each on its own, null where it does not exist.
@@ -187,6 +362,56 @@ BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const
       if (auto* place = to(i, j)) store(place + k, t[j] + bias, lanes);
     });
   });
+}
+
+// The same of a tile that may be short.
+template <class Form, class P, class L>
+BNFAST_INLINE void input_short_tile(const Tiles<Form>& tiles, TileKind kind, const P& from, int64_t c, L lanes, float* v, int64_t columns_of_v,
+                                    const Places<Form>& places) {
+  constexpr int kIn = Form::kForm.in, kPoints = Form::kForm.points;
+  const int down = tiles.down(kind), across = tiles.across(kind);
+  FloatBlock columns[kPoints * kIn];
+  for (int j = 0; j < kIn; ++j) {
+    FloatBlock d[kIn], t[kPoints];
+    unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
+    Form::input(down, d, t);
+    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kIn + j] = t[i]; });
+  }
+  for (int i = 0; i < kPoints; ++i) {
+    if (!Form::kForm.has(down, i)) continue;
+    FloatBlock d[kIn], t[kPoints];
+    unrolled<kIn>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kIn + j]; });
+    Form::input(across, d, t);
+    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA {
+      if (Form::kForm.has(across, j)) store_block(v + places(i, j) - tiles.missing(kind, j) * columns_of_v, t[j]);
+    });
+  }
+}
+template <class Form, class P, class L>
+BNFAST_INLINE void output_short_tile(const Tiles<Form>& tiles, TileKind kind, const float* m, int64_t columns_of_m, const Places<Form>& places,
+                                     const FloatBlock& bias, const P& to, int64_t k, L lanes) {
+  constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
+  const int down = tiles.down(kind), across = tiles.across(kind);
+  FloatBlock columns[kOut * kPoints];
+  for (int j = 0; j < kPoints; ++j) {
+    if (!Form::kForm.has(across, j)) continue;
+    FloatBlock d[kPoints], t[kOut];
+    const float* const from = m - tiles.missing(kind, j) * columns_of_m;
+    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA {
+      if (Form::kForm.has(down, i)) d[i] = load_block(from + places(i, j));
+    });
+    Form::output(down, d, t);
+    unrolled<kOut>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kPoints + j] = t[i]; });
+  }
+  for (int i = 0; i < down; ++i) {
+    FloatBlock d[kPoints], t[kOut];
+    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
+    Form::output(across, d, t);
+    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA {
+      if (j >= across) return;
+      if (auto* place = to(i, j)) store(place + k, t[j] + bias, lanes);
+    });
+  }
 }
 
 // m [kTiles, kBlocks * 16] = v [kTiles, channels] times kBlocks blocks of weights.
@@ -244,15 +469,6 @@ void multiply_panel(const WinogradConv& d, const float* v, const float* weights,
   multiply_rows<kBlocks>(v, v_step, weights, d.channels, rows, m, m_step, both);
 }
 
-// Counts tiles without dividing.
-struct TileCounter {
-  int64_t columns, row, column;
-  TileCounter(int64_t tile, int64_t columns) : columns(columns), row(tile / columns), column(tile % columns) {}
-  void next() {
-    if (++column == columns) column = 0, ++row;
-  }
-};
-
 template <class Form, class T>
 void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
   constexpr int kIn = Form::kForm.in, kOut = Form::kForm.out;
@@ -263,7 +479,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
   const T* const zeros = reinterpret_cast<const T*>(scratch);
   const int64_t all_tiles = (end - begin) * d.tile_columns, panels = (last - first + kWideBlocks - 1) / kWideBlocks;
   const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
-                        d.points() * panels * (all_tiles / kWideTiles) * d.channels;
+                        Tiles<Form>(d, begin * d.tile_columns, end * d.tile_columns).values() / kWideTiles * panels * d.channels;
   RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
   MadeRows made;
   InputRows<T> input(d.x, d.source, d.channels, d.height, d.width, kIn, products + d.values(panel_columns), made);
@@ -274,30 +490,35 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
     const int64_t count = std::min(d.tiles, last_tile - from_tile);
-    const int64_t rows = (count + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
-    const Places<Form> in_places(d.tiles, rows, in_columns), out_places(d.tiles, rows, panel_columns);
-    TileCounter at(from_tile, d.tile_columns);
-    for (int64_t t = 0; t < count; ++t, at.next()) {
-      const int64_t w = at.column * Form::kForm.in_step + d.in_left;
+    const Tiles<Form> tiles(d, from_tile, from_tile + count);
+    const Places<Form> in_places(d, tiles, in_columns), out_places(d, tiles, panel_columns);
+    int64_t next_of[kTileKinds];
+    const auto begin_tiles = [&] {
+      for (int kind = 0; kind < kTileKinds; ++kind) next_of[kind] = tiles.first(static_cast<TileKind>(kind));
+    };
+    begin_tiles();
+    for (TileCounter at(from_tile, d); at.tile < from_tile + count; at.next()) {
+      const TileKind kind = tiles.kind(at);
+      const int64_t t = next_of[kind]++, w = at.column * Form::kForm.in_step + d.in_left;
       if (at.row != row_of_lines) {
         row_of_lines = at.row;
-        const int64_t image = at.row / d.tile_rows, top = at.row % d.tile_rows * Form::kForm.in_step + d.in_top;
-        input.make(image, top, top + kIn - 1);
-        for (int64_t i = 0; i < kIn; ++i) lines[i] = input(image, top + i);
+        const int64_t top = at.row_of_image * Form::kForm.in_step + d.in_top;
+        input.make(at.image, top, top + kIn - 1);
+        for (int64_t i = 0; i < kIn; ++i) lines[i] = input(at.image, top + i);
       }
-      const auto take = [&](const auto& from) BNFAST_INLINE_LAMBDA {
+      const auto take = [&](auto transform) BNFAST_INLINE_LAMBDA {
         float* to = transformed + t * in_columns;
         int64_t c = 0;
         for (; c + kBlock <= d.channels; c += kBlock) {
           for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
-          input_tile(from, c, Whole{}, to + c, in_places);
+          transform(c, Whole{}, to + c);
         }
-        if (c < d.channels) input_tile(from, c, First{d.channels - c}, to + c, in_places);
+        if (c < d.channels) transform(c, First{d.channels - c}, to + c);
       };
-      if (w >= 0 && w + kIn <= d.width) {
+      if (kind == kWhole && w >= 0 && w + kIn <= d.width) {
         WholeTile<const T, kIn> from = {{}, d.channels};
         for (int i = 0; i < kIn; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
-        take(from);
+        take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(from, c, lanes, to, in_places); });
       } else {
         TornTile<const T, kIn> from;
         for (int64_t i = 0; i < kIn; ++i) {
@@ -306,7 +527,13 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
             from.place[i * kIn + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
           }
         }
-        take(from);
+        if (kind == kWhole) {
+          take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(from, c, lanes, to, in_places); });
+        } else {
+          take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA {
+            input_short_tile(tiles, kind, from, c, lanes, to, in_columns, in_places);
+          });
+        }
       }
     }
     for (int64_t block = first; block < last; block += d.panel) {
@@ -318,32 +545,35 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
                                        ? weights + blocks * block_floats
                                        : d.weights + (block + width < last ? block + width : first) * block_floats;
         float* m = products + out_places.matrix(matrix);
-        const int64_t rows_of_matrix = rows * Places<Form>::points_of(matrix);
+        const int64_t rows = (in_places.rows(matrix) + kWinogradRowGroup - 1) / kWinogradRowGroup * kWinogradRowGroup;
         int64_t b = 0;
         for (; b + kWideBlocks <= width; b += kWideBlocks) {
           const float* next = b + kWideBlocks < width ? weights + (b + kWideBlocks) * block_floats : next_matrix;
-          multiply_panel<kWideBlocks>(d, v, weights + b * block_floats, next, rows_of_matrix, m + b * kBlock, ahead);
+          multiply_panel<kWideBlocks>(d, v, weights + b * block_floats, next, rows, m + b * kBlock, ahead);
         }
-        if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_matrix, rows_of_matrix, m + b * kBlock, ahead);
+        if (b < width) multiply_panel<1>(d, v, weights + b * block_floats, next_matrix, rows, m + b * kBlock, ahead);
       }
-      TileCounter at(from_tile, d.tile_columns);
-      for (int64_t t = 0; t < count; ++t, at.next()) {
-        const int64_t image = at.row / d.tile_rows, h = at.row % d.tile_rows * kOut + d.out_top, w = at.column * kOut + d.out_left;
-        const int64_t corner = ((image * d.out_height + h) * d.out_width + w) * d.out_channels, line = d.out_width * d.out_channels;
-        const auto give = [&](const auto& to) BNFAST_INLINE_LAMBDA {
+      begin_tiles();
+      for (TileCounter at(from_tile, d); at.tile < from_tile + count; at.next()) {
+        const TileKind kind = tiles.kind(at);
+        const int64_t t = next_of[kind]++, h = at.row_of_image * kOut + d.out_top, w = at.column * kOut + d.out_left;
+        const int64_t corner = ((at.image * d.out_height + h) * d.out_width + w) * d.out_channels, line = d.out_width * d.out_channels;
+        const auto give = [&](auto transform) BNFAST_INLINE_LAMBDA {
           for (int64_t b = 0; b < width; ++b) {
             const int64_t k = (block + b) * kBlock;
             const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
             for (int i = 0; i < kLinesPerTile; ++i) ahead.line();
             const float* m = products + t * panel_columns + b * kBlock;
-            if (k + kBlock <= d.out_channels) output_tile(m, out_places, bias, to, k, Whole{});
-            else output_tile(m, out_places, bias, to, k, First{d.out_channels - k});
+            if (k + kBlock <= d.out_channels) transform(m, bias, k, Whole{});
+            else transform(m, bias, k, First{d.out_channels - k});
           }
         };
-        if (h >= 0 && w >= 0 && h + kOut <= d.out_height && w + kOut <= d.out_width) {
+        if (kind == kWhole && h >= 0 && w >= 0 && h + kOut <= d.out_height && w + kOut <= d.out_width) {
           WholeTile<T, kOut> to = {{}, d.out_channels};
           for (int i = 0; i < kOut; ++i) to.row[i] = y + corner + i * line;
-          give(to);
+          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
+            output_tile(m, out_places, bias, to, k, lanes);
+          });
         } else {
           TornTile<T, kOut> to;
           for (int64_t i = 0; i < kOut; ++i) {
@@ -352,7 +582,15 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
               to.place[i * kOut + j] = inside ? y + corner + i * line + j * d.out_channels : nullptr;
             }
           }
-          give(to);
+          if (kind == kWhole) {
+            give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
+              output_tile(m, out_places, bias, to, k, lanes);
+            });
+          } else {
+            give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
+              output_short_tile(tiles, kind, m, panel_columns, out_places, bias, to, k, lanes);
+            });
+          }
         }
       }
     }
