@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "conv_winograd.h"
 #include "gemm_kernels.h"
@@ -235,7 +234,11 @@ struct Tiles {
     for (TileCounter at(begin, d); at.tile < end; at.next()) ++count[kind(at)];
   }
   // The row of the first tile of a kind.
-  int64_t first(TileKind kind) const { return std::accumulate(count, count + kind, int64_t{0}); }
+  int64_t first(int kind) const {
+    int64_t rows = 0;
+    for (int before = 0; before < kind; ++before) rows += count[before];
+    return rows;
+  }
   BNFAST_INLINE TileKind kind(const TileCounter& at) const {
     const bool across = at.column + 1 == at.columns && outputs_across < kOut, down = at.row_of_image + 1 == at.rows && outputs_down < kOut;
     return static_cast<TileKind>(2 * down + across);
@@ -265,6 +268,25 @@ struct Tiles {
   }
 };
 
+// Six places at equal steps. One pointer reaches them all by addressing alone; it is hidden from the compiler, which would compute all 36 of a
+// tile ahead and keep them in memory.
+template <class T>
+class SixPlaces {
+ public:
+  BNFAST_INLINE SixPlaces(T* first, int64_t step) : first_(first), step_(step * static_cast<int64_t>(sizeof(T))), step3_(3 * step_), step5_(5 * step_) {
+    asm("" : "+r"(first_));
+  }
+  template <int I>
+  BNFAST_INLINE T* operator()(std::integral_constant<int, I>) const {
+    constexpr bool kScaled = I != 3 && I != 5;
+    return (T*)((char*)first_ + (kScaled ? I * step_ : I == 3 ? step3_ : step5_));
+  }
+
+ private:
+  T* first_;
+  int64_t step_, step3_, step5_;
+};
+
 // Where the values of a tile lie: those of one point as [rows, columns], the points of one matrix one behind the other.
 template <class Form>
 class Places {
@@ -290,6 +312,12 @@ class Places {
   }
   // Of the first tile that has it.
   BNFAST_INLINE int64_t operator()(int i, int j) const { return place_[i * kPoints + j]; }
+  BNFAST_INLINE auto row(float* v, int i) const {
+    return [=, this](int j) BNFAST_INLINE_LAMBDA { return v + (*this)(i, j); };
+  }
+  BNFAST_INLINE auto column(const float* m, int j) const {
+    return [=, this](int i) BNFAST_INLINE_LAMBDA { return m + (*this)(i, j); };
+  }
   int64_t matrix(int index) const { return (*this)(index / 6, index % 6); }
   int64_t rows(int matrix) const { return rows_[matrix]; }
 
@@ -304,6 +332,8 @@ class Places<Same> {
     for (int i = 0; i < kWinogradMatrices; ++i) rows_[i] = tiles.rows(i / 6, i % 6);
   }
   BNFAST_INLINE int64_t operator()(int i, int j) const { return (i * 6 + j) * step_; }
+  BNFAST_INLINE SixPlaces<float> row(float* v, int i) const { return {v + i * 6 * step_, step_}; }
+  BNFAST_INLINE SixPlaces<const float> column(const float* m, int j) const { return {m + j * step_, 6 * step_}; }
   int64_t matrix(int index) const { return index * step_; }
   int64_t rows(int matrix) const { return rows_[matrix]; }
 
@@ -311,35 +341,39 @@ class Places<Same> {
   int64_t step_, rows_[kWinogradMatrices];
 };
 
-// The places of a tile: rows of pixels at one step, or each on its own, null where it does not exist.
+// The places of a tile: rows of pixels at one step. Columns of places may be missing on either side.
 template <class T, int kRows>
-struct WholeTile {
+struct TilePlaces {
   T* row[kRows];
   int64_t step;
   template <class I, class J> BNFAST_INLINE T* operator()(I i, J j) const { return row[i] + j * step; }
+  BNFAST_INLINE bool has(int) const { return true; }
 };
-template <class T, int kSide>
-struct TornTile {
-  T* place[kSide * kSide];
-  template <class I, class J> BNFAST_INLINE T* operator()(I i, J j) const { return place[i * kSide + j]; }
+template <class T, int kRows>
+struct EdgePlaces : TilePlaces<T, kRows> {
+  int64_t first, last;   // columns that exist
+  BNFAST_INLINE bool has(int j) const { return j >= first && j < last; }
 };
 
-// The values of 16 channels from c on of a tile, whose places all exist, into v.
+// The values of 16 channels from c on of a tile into v; places that are missing are zeros.
 template <class Form, class P, class L>
 BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, const Places<Form>& places) {
   constexpr int kIn = Form::kForm.in, kPoints = Form::kForm.points;
   FloatBlock columns[kPoints * kIn];
   each<Form::kUnrolled, kIn>([&](auto j) BNFAST_INLINE_LAMBDA {
-    FloatBlock d[kIn], t[kPoints];
-    unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
-    Form::input(d, t);
+    FloatBlock d[kIn], t[kPoints] = {};
+    if (from.has(j)) {
+      unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
+      Form::input(d, t);
+    }
     unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kIn + j] = t[i]; });
   });
   each<Form::kUnrolled, kPoints>([&](auto i) BNFAST_INLINE_LAMBDA {
     FloatBlock d[kIn], t[kPoints];
     unrolled<kIn>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kIn + j]; });
     Form::input(d, t);
-    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { store_block(v + places(i, j), t[j]); });
+    const auto to = places.row(v, i);
+    unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { store_block(to(j), t[j]); });
   });
 }
 
@@ -350,7 +384,8 @@ BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const
   FloatBlock columns[kOut * kPoints];
   each<Form::kUnrolled, kPoints>([&](auto j) BNFAST_INLINE_LAMBDA {
     FloatBlock d[kPoints], t[kOut];
-    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load_block(m + places(i, j)); });
+    const auto from = places.column(m, j);
+    unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load_block(from(i)); });
     Form::output(d, t);
     unrolled<kOut>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kPoints + j] = t[i]; });
   });
@@ -358,13 +393,11 @@ BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const
     FloatBlock d[kPoints], t[kOut];
     unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
     Form::output(d, t);
-    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA {
-      if (auto* place = to(i, j)) store(place + k, t[j] + bias, lanes);
-    });
+    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA { store(to(i, j) + k, t[j] + bias, lanes); });
   });
 }
 
-// The same of a tile that may be short.
+// The same of a tile that may be short, or of which the first outputs may be missing.
 template <class Form, class P, class L>
 BNFAST_INLINE void input_short_tile(const Tiles<Form>& tiles, TileKind kind, const P& from, int64_t c, L lanes, float* v, int64_t columns_of_v,
                                     const Places<Form>& places) {
@@ -372,9 +405,11 @@ BNFAST_INLINE void input_short_tile(const Tiles<Form>& tiles, TileKind kind, con
   const int down = tiles.down(kind), across = tiles.across(kind);
   FloatBlock columns[kPoints * kIn];
   for (int j = 0; j < kIn; ++j) {
-    FloatBlock d[kIn], t[kPoints];
-    unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
-    Form::input(down, d, t);
+    FloatBlock d[kIn], t[kPoints] = {};
+    if (from.has(j)) {
+      unrolled<kIn>([&](auto i) BNFAST_INLINE_LAMBDA { d[i] = load(from(i, j) + c, lanes); });
+      Form::input(down, d, t);
+    }
     unrolled<kPoints>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kIn + j] = t[i]; });
   }
   for (int i = 0; i < kPoints; ++i) {
@@ -389,7 +424,8 @@ BNFAST_INLINE void input_short_tile(const Tiles<Form>& tiles, TileKind kind, con
 }
 template <class Form, class P, class L>
 BNFAST_INLINE void output_short_tile(const Tiles<Form>& tiles, TileKind kind, const float* m, int64_t columns_of_m, const Places<Form>& places,
-                                     const FloatBlock& bias, const P& to, int64_t k, L lanes) {
+                                     const FloatBlock& bias, const P& to, int64_t first_down, int64_t first_across, int64_t k,
+                                     L lanes) {
   constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
   const int down = tiles.down(kind), across = tiles.across(kind);
   FloatBlock columns[kOut * kPoints];
@@ -403,13 +439,12 @@ BNFAST_INLINE void output_short_tile(const Tiles<Form>& tiles, TileKind kind, co
     Form::output(down, d, t);
     unrolled<kOut>([&](auto i) BNFAST_INLINE_LAMBDA { columns[i * kPoints + j] = t[i]; });
   }
-  for (int i = 0; i < down; ++i) {
+  for (int64_t i = first_down; i < down; ++i) {
     FloatBlock d[kPoints], t[kOut];
     unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
     Form::output(across, d, t);
     unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA {
-      if (j >= across) return;
-      if (auto* place = to(i, j)) store(place + k, t[j] + bias, lanes);
+      if (j >= first_across && j < across) store(to(i, j) + k, t[j] + bias, lanes);
     });
   }
 }
@@ -494,7 +529,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
     const Places<Form> in_places(d, tiles, in_columns), out_places(d, tiles, panel_columns);
     int64_t next_of[kTileKinds];
     const auto begin_tiles = [&] {
-      for (int kind = 0; kind < kTileKinds; ++kind) next_of[kind] = tiles.first(static_cast<TileKind>(kind));
+      for (int kind = 0; kind < kTileKinds; ++kind) next_of[kind] = tiles.first(kind);
     };
     begin_tiles();
     for (TileCounter at(from_tile, d); at.tile < from_tile + count; at.next()) {
@@ -515,25 +550,17 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
         }
         if (c < d.channels) transform(c, First{d.channels - c}, to + c);
       };
-      if (kind == kWhole && w >= 0 && w + kIn <= d.width) {
-        WholeTile<const T, kIn> from = {{}, d.channels};
-        for (int i = 0; i < kIn; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
-        take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(from, c, lanes, to, in_places); });
+      EdgePlaces<const T, kIn> from = {{{}, d.channels}, -w, d.width - w};
+      for (int i = 0; i < kIn; ++i) from.row[i] = lines[i] ? lines[i] + w * d.channels : zeros;
+      if (kind != kWhole) {
+        take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA {
+          input_short_tile(tiles, kind, from, c, lanes, to, in_columns, in_places);
+        });
+      } else if (from.has(0) && from.has(kIn - 1)) {
+        const TilePlaces<const T, kIn>& all = from;
+        take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(all, c, lanes, to, in_places); });
       } else {
-        TornTile<const T, kIn> from;
-        for (int64_t i = 0; i < kIn; ++i) {
-          for (int64_t j = 0; j < kIn; ++j) {
-            const bool inside = lines[i] && w + j >= 0 && w + j < d.width;
-            from.place[i * kIn + j] = inside ? lines[i] + (w + j) * d.channels : zeros;
-          }
-        }
-        if (kind == kWhole) {
-          take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(from, c, lanes, to, in_places); });
-        } else {
-          take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA {
-            input_short_tile(tiles, kind, from, c, lanes, to, in_columns, in_places);
-          });
-        }
+        take([&](int64_t c, auto lanes, float* to) BNFAST_INLINE_LAMBDA { input_tile(from, c, lanes, to, in_places); });
       }
     }
     for (int64_t block = first; block < last; block += d.panel) {
@@ -568,29 +595,17 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
             else transform(m, bias, k, First{d.out_channels - k});
           }
         };
-        if (kind == kWhole && h >= 0 && w >= 0 && h + kOut <= d.out_height && w + kOut <= d.out_width) {
-          WholeTile<T, kOut> to = {{}, d.out_channels};
-          for (int i = 0; i < kOut; ++i) to.row[i] = y + corner + i * line;
+        TilePlaces<T, kOut> to = {{}, d.out_channels};
+        for (int i = 0; i < kOut; ++i) to.row[i] = y + corner + i * line;
+        if (kind == kWhole && h >= 0 && w >= 0) {
           give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
             output_tile(m, out_places, bias, to, k, lanes);
           });
         } else {
-          TornTile<T, kOut> to;
-          for (int64_t i = 0; i < kOut; ++i) {
-            for (int64_t j = 0; j < kOut; ++j) {
-              const bool inside = h + i >= 0 && w + j >= 0 && h + i < d.out_height && w + j < d.out_width;
-              to.place[i * kOut + j] = inside ? y + corner + i * line + j * d.out_channels : nullptr;
-            }
-          }
-          if (kind == kWhole) {
-            give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
-              output_tile(m, out_places, bias, to, k, lanes);
-            });
-          } else {
-            give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
-              output_short_tile(tiles, kind, m, panel_columns, out_places, bias, to, k, lanes);
-            });
-          }
+          const int64_t first_down = std::max<int64_t>(0, -h), first_across = std::max<int64_t>(0, -w);
+          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
+            output_short_tile(tiles, kind, m, panel_columns, out_places, bias, to, first_down, first_across, k, lanes);
+          });
         }
       }
     }
