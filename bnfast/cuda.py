@@ -125,6 +125,7 @@ def phases(operators) -> SimpleNamespace:
         fuses_chain=reference.fuses_chain,
         fuses_gram=reference.fuses_gram,
         joins_pool=reference.joins_pool,
+        joins_residual=reference.joins_residual,
         joins_squeeze=reference.joins_squeeze,
         max_pool=reference.max_pool,
         max_pool_values=reference.max_pool_values,

@@ -321,6 +321,22 @@ def bn_fwd_apply_conv_fwd_reduce(
     return z, mean, rstd
 
 
+def joins_residual(x, weight, stride, padding, dilation, groups):
+    """See reference.joins_residual: 3x3 convolutions in Winograd's form."""
+    return _runs_as_winograd(x, weight, stride, padding, dilation, groups)
+
+
+def bn_fwd_apply_residual_conv_fwd_reduce(
+    z, norm, residual, act, slope, want_bits, weight, bias, stride, padding, dilation, groups, *stats
+):
+    """See reference.bn_fwd_apply_residual_conv_fwd_reduce, for what `joins_residual` says yes to."""
+    turned = _winograd_weight(weight, stride, z.dtype)
+    rest = (weight.shape[0], padding, stride[0], *stats)
+    return torch.ops.bnfast.winograd_residual_fwd_reduce.default(
+        z, *norm, residual, act, slope, want_bits, turned, bias, *rest
+    )
+
+
 def joins_squeeze(x, weight, stride, padding, groups, groups_below):
     """See reference.joins_squeeze: a product behind a grouped convolution."""
     return groups_below > 1 and _runs_as_pointwise(x, weight, stride, padding, groups)
@@ -813,6 +829,15 @@ def _fake_fwd_reduce(conv, geometry):
     return fake
 
 
+def _fake_winograd_residual_fwd_reduce(
+    x, mean, rstd, gamma, beta, residual, act, slope, want_bits, weights, bias, out_channels, *rest
+):
+    z = _fake_winograd_conv(x, weights, bias, out_channels, *rest[:2])
+    y, bits = _fake_bn_fwd_apply(x, mean, rstd, gamma, beta, residual, act, slope, want_bits)
+    y = y.contiguous(memory_format=torch.channels_last)
+    return z, *_fake_vectors(z, out_channels, 2), y, bits
+
+
 def _fake_dgrad_reduce(dgrad, geometry):
     def fake(dy, *args):
         weights, channels, *rest = args[9:]
@@ -935,6 +960,7 @@ if unavailable is None:
         ("winograd_conv", _fake_winograd_conv),
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv, 2)),
+        ("winograd_residual_fwd_reduce", _fake_winograd_residual_fwd_reduce),
         ("winograd_dgrad", _fake_dgrad),
         ("winograd_dgrad_reduce", _fake_dgrad_reduce(_fake_dgrad, 3)),
         ("bn_fwd_apply_max_pool", _fake_bn_fwd_apply_max_pool),

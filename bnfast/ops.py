@@ -353,6 +353,8 @@ class _Forward:
         self.outputs: list[Tensor | None] = [None] * len(specs) + [x]  # the last one is -1's
         # Units whose bn_fwd_apply their readers do: what it takes. Their output is their z.
         self.waiting: dict[int, tuple[Norm, str, float]] = {}
+        # A unit with a residual whose bn_fwd_apply the next one does, and what that takes. Until then its output is its z.
+        self.kept_by_next: dict[int, tuple[Norm, Tensor, str, float, bool]] = {}
         self.recomputable: set[int] = set()  # units whose output follows from what they save
         # Eight tensors per unit, see `_Backward.state`; five per squeeze and excitation.
         self.saved: list[Tensor | None] = []
@@ -512,18 +514,10 @@ class _Forward:
             and not (may_wait and self.readers_apply(i, x))
         ):
             return self.without_z(i, x, before, conv, stats, affine, residual_norm)
-        if before is None and residual_norm is None and not may_wait:
+        is_alone = before is None and spec.source not in self.kept_by_next
+        if is_alone and residual_norm is None and not may_wait:
             return phases.conv_fwd_reduce_apply(x, *conv, *stats, *affine)
-        norm, before_act, before_slope = before or (None, "identity", 0.0)
-        if self.gate is None:
-            z, mean, rstd = phases.bn_fwd_apply_conv_fwd_reduce(
-                x, norm, before_act, before_slope, *conv, *stats
-            )
-        else:
-            gate, self.gate = self.gate, None
-            z, mean, rstd = phases.bn_fwd_apply_se_conv_fwd_reduce(
-                x, norm, before_act, before_slope, gate, *conv, *stats
-            )
+        z, mean, rstd = self.reduced(spec, x, conv, stats)
         norm = Norm(mean, rstd, gamma, beta)
         if may_wait and self.readers_apply(i, z):
             self.waiting[i] = (norm, act, slope)
@@ -531,7 +525,25 @@ class _Forward:
         if residual_norm is not None:
             both = (residual, residual_norm, act, slope, want_bits)
             return z, mean, rstd, *phases.bn_fwd_apply_both(z, norm, *both)
+        if residual is not None and self.next_keeps(i, z):
+            self.kept_by_next[i] = (norm, residual, act, slope, want_bits)
+            return z, mean, rstd, z, None
         return z, mean, rstd, *phases.bn_fwd_apply(z, mean, rstd, *affine)
+
+    def reduced(self, spec: _Spec, x: Tensor, conv, stats) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, mean, rstd) of a convolution of x, or of what the unit before has left to it to make of x."""
+        phases, source = self.phases, spec.source
+        kept = self.kept_by_next.pop(source, None)
+        if kept is not None:
+            *z, y, bits = phases.bn_fwd_apply_residual_conv_fwd_reduce(x, *kept, *conv, *stats)
+            self.outputs[source] = y
+            self.saved[8 * source + 6] = bits if kept[-1] else None
+            return z
+        before = self.waiting.get(source) or (None, "identity", 0.0)
+        if self.gate is None:
+            return phases.bn_fwd_apply_conv_fwd_reduce(x, *before, *conv, *stats)
+        gate, self.gate = self.gate, None
+        return phases.bn_fwd_apply_se_conv_fwd_reduce(x, *before, gate, *conv, *stats)
 
     def without_z(self, i: int, x: Tensor, before, conv, stats, affine, residual_norm) -> tuple:
         """As convolution, of a unit whose z never exists."""
@@ -562,6 +574,23 @@ class _Forward:
                 return False
         # Else a backend's two phases in one are worth more.
         return _is_last(x) or self.fuses(i, x)
+
+    def next_keeps(self, i: int, z: Tensor) -> bool:
+        """Whether unit i, whose z this is and which has a residual, can leave its bn_fwd_apply to the convolution of the next one. Others
+        may read its output after that."""
+        following = i + 1
+        if following not in self.readers[i] or self.specs[i].pool is not None:
+            return False
+        spec, weight = self.specs[following], self.tensors[8 * following]
+        return (
+            spec.source == i
+            and spec.residual_source != i
+            and spec.pool is None
+            and self.fuses(following, z)
+            and self.phases.joins_residual(
+                z, weight, spec.stride, spec.padding, spec.dilation, spec.groups
+            )
+        )
 
     def readers_apply(self, i: int, z: Tensor) -> bool:
         """Whether those that could do: z is unit i's, which is what they would read."""

@@ -474,6 +474,22 @@ def bn_fwd_apply_conv_fwd_reduce(
     return z, mean, rstd
 
 
+def joins_residual(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> bool:
+    """Whether a convolution that `fuses_chain` says yes to can do the bn_fwd_apply of the unit before, which has a residual, by the
+    function below. x is the z of that unit."""
+    return False
+
+
+def bn_fwd_apply_residual_conv_fwd_reduce(
+    z: Tensor, norm: Norm, residual: Tensor, act: str, slope: float, want_bits: bool, *args
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """bn_fwd_apply of the unit before, whose y others read too, and conv_fwd_reduce, whose arguments behind x are args: (z, mean,
+    rstd, y, bits)."""
+    y, bits = bn_fwd_apply(z, *norm, residual, act, slope, want_bits)
+    z, mean, _, rstd = conv_fwd_reduce(y, *args)
+    return z, mean, rstd, y, bits
+
+
 def bn_fwd_apply_both(
     z: Tensor,
     norm: Norm,

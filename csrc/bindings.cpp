@@ -116,6 +116,11 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor z, Tensor own_mean, Tensor own_rstd)");
   m.def(
+      "winograd_residual_fwd_reduce(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor residual, str act, "
+      "float slope, bool want_bits, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> (Tensor z, Tensor own_mean, Tensor own_rstd, Tensor y, Tensor bits)");
+  m.def(
       "winograd_dgrad_reduce(Tensor dy, Tensor? z, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, Tensor? dgamma, "
       "Tensor? dbeta, str act, float slope, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] padding, int stride, "
       "Tensor? add, Tensor? z_below, Tensor? bits, "

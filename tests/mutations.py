@@ -652,8 +652,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd: tiles at the right edge read the next row",
         WINOGRAD,
-        "lines[i] && w + j >= 0 && w + j < d.width",
-        "lines[i] && w + j >= 0",
+        "d.channels}, -w, d.width - w};",
+        "d.channels}, -w, d.width};",
     ),
     Mutation(
         "conv_fwd_reduce",
@@ -853,9 +853,30 @@ MUTATIONS = [
     ),
     Mutation(
         "conv_fwd_reduce",
+        "joined: rows that are kept and not read by the convolution forgotten",
+        INPUT_ROWS,
+        "if (so_far_.image >= 0 && first < last) source_->keep(",
+        "if (so_far_.image > height_ && first < last) source_->keep(",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: a row in front of the kept ones lies over them in the ring",
+        INPUT_ROWS,
+        "return is_own(row) ? kept_ + row * width_ * channels_ : place(r);",
+        "return kept_ ? kept_ + row * width_ * channels_ : place(r);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: kept rows without their bits",
+        OPERATORS,
+        "tensors.bits = want_bits ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;",
+        "tensors.bits = nullptr;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
         "joined: rows that are made are taken for those of the image before",
         INPUT_ROWS,
-        "if (image != so_far_.image) so_far_ = {image, 0};",
+        "so_far_ = {image, 0};",
         "so_far_.image = image;",
     ),
     Mutation(

@@ -163,6 +163,42 @@ def test_forward_on_random_shapes(
     check_forward(size, out_channels, kernel, pad, act, has_norm, has_bias, dtype)
 
 
+def check_kept(size, out_channels, kernel, pad, act, has_bits, dtype=torch.float32) -> None:
+    """The unit before has a residual, and its output is read by others too."""
+    z, residual = last(*size, mean=2, dtype=dtype), last(*size, dtype=dtype)
+    own = norm(size[1])
+    conv = (
+        kernel.weight(out_channels, size[1]), torch.randn(out_channels), *kernel.geometry(size[1], pad)
+    )  # fmt: skip
+    found, mean, rstd, y, bits = native.bn_fwd_apply_residual_conv_fwd_reduce(
+        z, own, residual, act, 0.1, has_bits, *conv, *STATS
+    )
+    expected, expected_bits = native.bn_fwd_apply(z, *own, residual, act, 0.1, has_bits)
+    assert_bit_equal(y, expected.contiguous(memory_format=torch.channels_last), "y")
+    assert_bit_equal(bits, expected_bits, "bits")
+    assert_bit_equal(found, native.conv_forward(y, *conv), "z")
+    check_moments(found, mean, rstd)
+
+
+@MANY
+@given(act=st.sampled_from(reference.ACTS), has_bits=st.booleans(), **SIZES)
+def test_kept_input_on_random_shapes(
+    batch, channels, out_channels, height, width, kernel, pad, dtype, seed, act, has_bits
+):
+    if (
+        kernel.side != 3
+        or kernel.group
+        or dtype == "dot"
+        or (has_bits and act not in reference.BIT_ACTS)
+    ):
+        return
+    if min(kernel.output_size(s, pad) for s in (height, width)) < 1:
+        return
+    torch.manual_seed(seed)
+    size = (batch, channels, height, width)
+    check_kept(size, out_channels, kernel, pad, act, has_bits, dtype_of(dtype))
+
+
 def check_backward(
     size, out_channels, kernel, pad, act, below_act, has_above, has_add, kind, beside,
     dtype=torch.float32,
@@ -278,6 +314,9 @@ def test_several_units_of_work(size, out_channels, kernel, threads):
         size, out_channels, kernel, 1, "silu", "relu", True, True, "bits", size[1] % 2 == 0
     )
     check_backward(size, out_channels, kernel, 1, "relu", "hardswish", True, False, "from z", False)
+    if kernel.side == 3 and not kernel.group:
+        for pad in range(4):
+            check_kept(size, out_channels, kernel, pad, "relu", True)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, "dot"], ids=str)
@@ -306,7 +345,12 @@ def test_bits_are_the_same_for_any_number_of_threads(size, out_channels, kernel,
             dy, above, "relu", 0.0, None, "identity", 0.0, weight, list(size[2:]), *conv, None,
             Below(z, None, *own), "relu", 0.0, None,
         )  # fmt: skip
-        results.append((*forward, dx, *sums))
+        kept = ()
+        if kernel.side == 3 and not kernel.group and kind == torch.float32:
+            kept = native.bn_fwd_apply_residual_conv_fwd_reduce(
+                z, own, z, "relu", 0.0, True, weight, None, *conv, *STATS
+            )
+        results.append((*forward, dx, *sums, *kept))
     for result in results[1:]:
         for value, expected in zip(result, results[0], strict=True):
             assert_bit_equal(value, expected, "any number of threads")
@@ -341,8 +385,16 @@ def test_a_chain_takes_them(monkeypatch):
     x, dy = last(4, 16, 12, 12, mean=1), last(4, 16, 6, 6)
     calls = []
     joined = native._conv_fwd_reduce_joined
+    kept = native.bn_fwd_apply_residual_conv_fwd_reduce
     monkeypatch.setattr(
-        native, "_conv_fwd_reduce_joined", lambda *args: calls.append(args[0]) or joined(*args)
+        native,
+        "_conv_fwd_reduce_joined",
+        lambda *args: calls.append("made" if args[0] else "read") or joined(*args),
+    )
+    monkeypatch.setattr(
+        native,
+        "bn_fwd_apply_residual_conv_fwd_reduce",
+        lambda *args: calls.append("kept") or kept(*args),
     )
     results = []
     for chains in (True, False):
@@ -355,13 +407,6 @@ def test_a_chain_takes_them(monkeypatch):
         results.append(
             [y.detach(), given.grad, *(t.grad for u in units for t in (u.gamma, u.beta))]
         )
-    assert [isinstance(norm, Norm) for norm in calls] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ] + 6 * [False]
+    assert calls == ["read", "made", "kept", "made", "kept", "made"] + 6 * ["read"]
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())

@@ -355,6 +355,9 @@ def convolution_inputs(name: str, acts: Iterator[str]) -> Iterator[tuple]:
             conv = (weights, torch.randn(out), out, *geometry)
             yield (x, *norm, last(2, out, *sizes).to(x.dtype), act, 0.01, *conv)
             yield (x, *norm[:2], None, None, None, act, 0.01, *conv)
+        elif name == "winograd_residual_fwd_reduce":
+            rest = (None, out, *geometry, *statistics(out, torch.float32), 0.1, 1e-5)
+            yield (x, *vectors, last(2, channels, 9, 7), act, 0.01, act == "relu", weights, *rest)
         elif name.endswith("_fwd_reduce"):
             stats = (*statistics(out, torch.float32), 0.1, 1e-5)
             yield (x, *vectors, act, 0.01, weights, None, out, *geometry, *stats)
@@ -468,6 +471,7 @@ def test_operators_are_the_phases():
     no_operators = {
         "bn_fwd_apply_both",
         "bn_fwd_apply_conv_fwd_reduce",
+        "bn_fwd_apply_residual_conv_fwd_reduce",
         "bn_bwd_apply_conv_dgrad_reduce",
         "bn_fwd_apply_se_conv_fwd_reduce",
         "se_fwd",
@@ -483,6 +487,7 @@ def test_operators_are_the_phases():
     assert phases - {
         "accumulator",
         "joins_pool",
+        "joins_residual",
         "joins_squeeze",
         "joins_units",
         "fuses_chain",

@@ -637,6 +637,48 @@ const void* Normalised::reads(int64_t begin) const {
   return element(state_->tensors.z, begin * state_->layout.channels, state_->z);
 }
 
+struct Kept::State {
+  Forward forward;
+  const BnKernels& kernels;
+};
+
+Kept::Kept(const Tensor& z_in, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+           const Tensor& residual, c10::string_view act, double slope, bool want_bits) {
+  const Tensor z = z_in.contiguous(at::MemoryFormat::ChannelsLast);
+  const Layout layout = pixel_layout(z);
+  state_.reset(new State{Forward(z, residual, want_bits), kernels_for(z)});
+  Forward& f = state_->forward;
+  f.tensors.streams = false;
+  set_arguments(f.tensors, f.parameters, z, layout, mean, rstd, gamma, beta, std::nullopt, std::nullopt, f.residual, act, slope);
+}
+Kept::~Kept() = default;
+int64_t Kept::granularity() const { return state_->forward.layout.length / state_->forward.layout.channels; }
+int64_t Kept::element_bytes() const { return state_->forward.z.element_size(); }
+void Kept::write(int64_t begin, int64_t end, void* to) const {
+  const Layout& l = state_->forward.layout;
+  BnTensors t = state_->forward.tensors;
+  t.out = at_element(to, begin * l.channels, state_->forward.z);
+  t.bits = nullptr;
+  state_->kernels.fwd_apply_rows(t, {l.length, begin * l.channels, end * l.channels});
+}
+const void* Kept::reads(int64_t begin) const {
+  return element(state_->forward.tensors.z, begin * state_->forward.layout.channels, state_->forward.z);
+}
+const void* Kept::reads_too(int64_t begin) const {
+  return element(state_->forward.tensors.residual, begin * state_->forward.layout.channels, state_->forward.z);
+}
+void* Kept::kept() const { return state_->forward.tensors.out; }
+void Kept::keep(int64_t begin, int64_t end) const {
+  const Layout& l = state_->forward.layout;
+  state_->kernels.fwd_apply_rows(state_->forward.tensors, {l.length, begin * l.channels, end * l.channels});
+}
+void Kept::keep_all() const {
+  const Forward& f = state_->forward;
+  if (f.layout.numel() > 0) apply_all(f.layout, f.tensors, state_->kernels.fwd_apply_rows, state_->kernels.fwd_apply_planes);
+}
+const Tensor& Kept::y() const { return state_->forward.y; }
+const Tensor& Kept::bits() const { return state_->forward.bits; }
+
 struct AppliedBehind::State {
   Tensor y, residual, parameters;
   Layout layout;

@@ -48,6 +48,28 @@ class Normalised final : public PixelSource {
   std::unique_ptr<State> state_;
 };
 
+// bn_fwd_apply with a residual, as a convolution's input that others read too: y, and one bit per element where they are wanted.
+class Kept final : public PixelSource {
+ public:
+  Kept(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+       const at::Tensor& residual, c10::string_view act, double slope, bool want_bits);
+  ~Kept();
+  int64_t granularity() const override;
+  int64_t element_bytes() const override;
+  void write(int64_t begin, int64_t end, void* to) const override;
+  const void* reads(int64_t begin) const override;
+  const void* reads_too(int64_t begin) const override;
+  void* kept() const override;
+  void keep(int64_t begin, int64_t end) const override;
+  void keep_all() const;
+  const at::Tensor& y() const;
+  const at::Tensor& bits() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
 // bn_fwd_apply of a convolution's result in its own memory, where the statistics are known before it.
 class AppliedBehind {
  public:

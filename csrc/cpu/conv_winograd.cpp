@@ -223,12 +223,12 @@ class Winograd {
   int64_t out_pixel(int64_t row) const {
     return (row / d_.tile_rows * d_.out_height + std::max<int64_t>(0, row % d_.tile_rows * d_.form.out + d_.out_top)) * d_.out_width;
   }
-  int64_t in_pixel(int64_t row) const {
-    return (row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * d_.form.in_step)) * d_.width;
-  }
+  int64_t in_pixel(int64_t row) const { return in_row(row) * d_.width; }
+  int64_t in_row(int64_t row) const { return row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * d_.form.in_step); }
 
   void piece(int64_t unit, int64_t block, int64_t last_block) const {
     WinogradConv d = d_;
+    if (block == 0) d.own = {in_row(row(unit)), in_row(row(unit + 1))};
     Run runs[kMostRuns];
     if (pieces_ == 1 && unit + 1 < units_) {
       const int64_t begin = row(unit + 1), end = row(unit + 2);
@@ -242,6 +242,7 @@ class Winograd {
       if (d.source) {
         add(d.source->reads(0), in, in_end, d.channels);
         add(d.source->reads_too(0), in, in_end, d.channels);
+        add(d.source->kept(), in, in_end, d.channels);
       } else {
         add(d.x, in, in_end, d.channels);
       }
@@ -290,6 +291,24 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
   return reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_residual_fwd_reduce(
+    const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const Tensor& residual, c10::string_view act, double slope, bool want_bits, const Tensor& weights, const OptionalTensor& bias,
+    int64_t out_channels, at::IntArrayRef padding, int64_t stride, OptionalTensor running_mean, OptionalTensor running_var,
+    OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps) {
+  const PoolScope pooled;
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
+  const Kept source(x, mean, rstd, gamma, beta, residual, act, slope, want_bits);
+  if (x.size(3) % source.granularity() == 0) {
+    conv.set_input(source);
+  } else {   // a row would end inside of a group of elements
+    source.keep_all();
+    conv.set_input(source.y());
+  }
+  auto [z, own_mean, own_rstd] = reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
+  return {z, own_mean, own_rstd, source.y(), source.bits()};
+}
+
 Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
                           const OptionalTensor& beta, const OptionalTensor& residual, c10::string_view act, double slope,
                           const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding,
@@ -324,6 +343,7 @@ TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
   m.impl("winograd_conv", &winograd_conv);
   m.impl("winograd_fwd_apply", &winograd_fwd_apply);
   m.impl("winograd_fwd_reduce", &winograd_fwd_reduce);
+  m.impl("winograd_residual_fwd_reduce", &winograd_residual_fwd_reduce);
   m.impl("winograd_dgrad", &winograd_dgrad);
   m.impl("winograd_dgrad_reduce", &winograd_dgrad_reduce);
 }

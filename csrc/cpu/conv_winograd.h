@@ -47,6 +47,7 @@ struct WinogradConv {
   WinogradForm form;
   const void* x;              // or null:
   const PixelSource* source;  // what makes x, row by row of the image
+  RowRange own;               // rows of x that these tiles make where the source keeps them
   const float* weights;
   const float* bias;
   void* y;

@@ -517,7 +517,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
                         Tiles<Form>(d, begin * d.tile_columns, end * d.tile_columns).values() / kWideTiles * panels * d.channels;
   RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
   MadeRows made;
-  InputRows<T> input(d.x, d.source, d.channels, d.height, d.width, kIn, products + d.values(panel_columns), made);
+  InputRows<T> input(d.x, d.source, d.channels, d.height, d.width, kIn, products + d.values(panel_columns), made, d.own);
   const T* lines[kIn];
   int64_t row_of_lines = -1;   // of tiles
   T* const y = static_cast<T*>(d.y);
@@ -610,6 +610,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
       }
     }
   }
+  input.finish();
 }
 
 template <class T>
