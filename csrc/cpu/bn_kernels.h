@@ -31,6 +31,12 @@ struct Parameter {
   }
 };
 
+// The one expression of the pre-activation: forward and backward must agree on it bit for bit.
+template <class C, class B, class L>
+BNFAST_INLINE B pre_activation_of(const C& channel, const B& z, int64_t j, L lanes) {
+  return (z - channel.mean.at(j, lanes)) * channel.scale.at(j, lanes) + channel.beta.at(j, lanes);
+}
+
 template <class T, bool kAlong>
 struct Channel {
   using A = acc_t<T>;
@@ -43,19 +49,53 @@ struct Channel {
         shift_db{t.shift_db ? static_cast<const A*>(t.shift_db) + first : nullptr},
         shift_z{t.shift_z ? static_cast<const A*>(t.shift_z) + first : nullptr} {}
 
-  // The one expression of the pre-activation: forward and backward must agree on it bit for bit.
   template <class L> BNFAST_INLINE Block<A> pre_activation(const Block<A>& z, int64_t j, L lanes) const {
-    return (z - mean.at(j, lanes)) * scale.at(j, lanes) + beta.at(j, lanes);
+    return pre_activation_of(*this, z, j, lanes);
   }
 };
 
-// Calls body(first element, number of elements, first parameter, first word of bits) for each contiguous run.
-template <class F>
-BNFAST_INLINE void for_runs(RowSpan s, F body) {
-  for (int64_t e = s.begin; e < s.end; e += s.length) {
-    body(e, std::min(s.length, s.end - e), int64_t{0}, e / kBlock);
+// The parameters of one Block of each row.
+template <class A>
+struct HeldParameter {
+  Block<A> value;
+  template <class L> BNFAST_INLINE const Block<A>& at(int64_t, L) const { return value; }
+};
+template <class A>
+struct HeldChannel {
+  HeldParameter<A> mean, scale, beta, shift_db, shift_z;
+
+  template <class T, class L>
+  BNFAST_INLINE HeldChannel(const Channel<T, true>& all, int64_t j, L lanes)
+      : mean{all.mean.at(j, lanes)}, scale{all.scale.at(j, lanes)}, beta{all.beta.at(j, lanes)} {
+    if (all.shift_db.values) {
+      shift_db.value = all.shift_db.at(j, lanes);
+      shift_z.value = all.shift_z.at(j, lanes);
+    }
+  }
+  template <class L> BNFAST_INLINE Block<A> pre_activation(const Block<A>& z, int64_t j, L lanes) const {
+    return pre_activation_of(*this, z, j, lanes);
+  }
+};
+
+constexpr int kHeldBlocks = 4;   // of a row, the parameters of which stay in registers from row to row
+
+// Calls body(channel, first element of a run, offset in it, lanes, first word of bits) for each Block of an elementwise phase.
+template <class T, class F>
+BNFAST_INLINE void for_elements(const BnTensors& t, RowSpan s, F body) {
+  const Channel<T, true> channel(t, 0);
+  int64_t e = s.begin;
+  if (BNFAST_VECTOR_BYTES == 64 && s.length == kHeldBlocks * kBlock) {
+    [&]<int... I>(std::integer_sequence<int, I...>) BNFAST_INLINE_LAMBDA {
+      const HeldChannel<acc_t<T>> held[] = {HeldChannel<acc_t<T>>(channel, I * kBlock, Whole{})...};
+      for (; e + s.length <= s.end; e += s.length) (body(held[I], e, int64_t{I * kBlock}, Whole{}, e / kBlock), ...);
+    }(std::make_integer_sequence<int, kHeldBlocks>{});
+  }
+  for (; e < s.end; e += s.length) {
+    for_blocks(std::min(s.length, s.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA { body(channel, e, j, lanes, e / kBlock); });
   }
 }
+
+// Calls body(first element, number of elements, first parameter, first word of bits) for each contiguous run.
 template <class F>
 BNFAST_INLINE void for_runs(PlaneSpan s, F body) {
   const int64_t words = (s.plane + kBlock - 1) / kBlock;
@@ -65,6 +105,14 @@ BNFAST_INLINE void for_runs(PlaneSpan s, F body) {
       body(p * s.plane + s.s_begin, s.s_end - s.s_begin, c, p * words + s.s_begin / kBlock);
     }
   }
+}
+
+template <class T, class F>
+BNFAST_INLINE void for_elements(const BnTensors& t, PlaneSpan s, F body) {
+  for_runs(s, [&](int64_t e, int64_t n, int64_t first, int64_t word) {
+    const Channel<T, false> channel(t, first);
+    for_blocks(n, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA { body(channel, e, j, lanes, word); });
+  });
 }
 
 template <class Span> constexpr bool kRows = std::is_same_v<Span, RowSpan>;
@@ -97,20 +145,17 @@ void fwd_apply(const BnTensors& t, Span span) {
   const bool streams = t.streams;
   with_activation(t.act, t.slope, [&](auto act) {
     auto run = [&](auto has_residual, auto has_bits) {
-      for_runs(span, [&](int64_t e, int64_t n, int64_t first, int64_t word) {
-        const Channel<T, kRows<Span>> channel(t, first);
-        for_blocks(n, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
-          fetch_ahead<Span>(t, z + e + j);
-          Block<A> pre = channel.pre_activation(load(z + e + j, lanes), j, lanes);
-          if constexpr (has_residual) {
-            fetch_ahead<Span>(t, r + e + j);
-            pre = pre + load(r + e + j, lanes);
-          }
-          write(y + e + j, act.value(pre), lanes, streams);
-          if constexpr (has_bits && act.kPiecewise) {
-            t.bits[word + j / kBlock] = to_bits<A>(act.passes(rounded_to<T>(pre)));
-          }
-        });
+      for_elements<T>(t, span, [&](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
+        fetch_ahead<Span>(t, z + e + j);
+        Block<A> pre = channel.pre_activation(load(z + e + j, lanes), j, lanes);
+        if constexpr (has_residual) {
+          fetch_ahead<Span>(t, r + e + j);
+          pre = pre + load(r + e + j, lanes);
+        }
+        write(y + e + j, act.value(pre), lanes, streams);
+        if constexpr (has_bits && act.kPiecewise) {
+          t.bits[word + j / kBlock] = to_bits<A>(act.passes(rounded_to<T>(pre)));
+        }
       });
     };
     if (r) t.bits ? run(Flag<true>{}, Flag<true>{}) : run(Flag<true>{}, Flag<false>{});
@@ -163,21 +208,18 @@ void bwd_apply(const BnTensors& t, Span span) {
   const bool streams = t.streams;
   with_gradient<T>(t, [&](auto gradient) {
     auto run = [&](auto batch_statistics, auto has_residual) {
-      for_runs(span, [&](int64_t e, int64_t n, int64_t first, int64_t word) {
-        const Channel<T, kRows<Span>> channel(t, first);
-        for_blocks(n, [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
-          fetch_ahead<Span>(t, z + e + j);
-          fetch_ahead<Span>(t, dy + e + j);
-          const Block<A> zb = load(z + e + j, lanes);
-          const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, word);
-          if constexpr (has_residual) write(dr + e + j, db, lanes, streams);
-          Block<A> centred = db;
-          if constexpr (batch_statistics) {
-            centred = (db - channel.shift_db.at(j, lanes)) -
-                      (zb - channel.mean.at(j, lanes)) * channel.shift_z.at(j, lanes);
-          }
-          write(dz + e + j, centred * channel.scale.at(j, lanes), lanes, streams);
-        });
+      for_elements<T>(t, span, [&](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
+        fetch_ahead<Span>(t, z + e + j);
+        fetch_ahead<Span>(t, dy + e + j);
+        const Block<A> zb = load(z + e + j, lanes);
+        const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, word);
+        if constexpr (has_residual) write(dr + e + j, db, lanes, streams);
+        Block<A> centred = db;
+        if constexpr (batch_statistics) {
+          centred = (db - channel.shift_db.at(j, lanes)) -
+                    (zb - channel.mean.at(j, lanes)) * channel.shift_z.at(j, lanes);
+        }
+        write(dz + e + j, centred * channel.scale.at(j, lanes), lanes, streams);
       });
     };
     if (t.shift_db) dr ? run(Flag<true>{}, Flag<true>{}) : run(Flag<true>{}, Flag<false>{});
