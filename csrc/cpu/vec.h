@@ -406,7 +406,8 @@ BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm512_max
 // 1 / x for 1 <= x < 2^126: 14 bits from the table, doubled by Newton's step, in place of a division.
 BNFAST_INLINE FloatVec reciprocal(FloatVec x) {
   const FloatVec y = (FloatVec)_mm512_rcp14_ps((__m512)x);
-  return fma(y, fma(-x, y, FloatVec{} + 1.0f), y);
+  const FloatVec error = (FloatVec)_mm512_fnmadd_ps((__m512)x, (__m512)y, (__m512)(FloatVec{} + 1.0f));
+  return fma(y, error, y);
 }
 #elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
 BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -420,20 +421,19 @@ BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return a > b ? a : b; }
 BNFAST_INLINE FloatVec reciprocal(FloatVec x) { return 1.0f / x; }
 #endif
 
-// exp(x) to about 1 ulp for |x| <= 87, the value at the nearer end beyond it; a NaN stays one.
-// x = n ln2 + r with |r| <= ln2 / 2, Taylor's polynomial for e^r, 2^n by the exponent field.
-BNFAST_INLINE FloatVec exp_clamped(FloatVec x) {
+// exp(-x) to about 1 ulp for -87 <= x, the value at 87 beyond that; anything below; a NaN stays one.
+// x = n ln2 + r with |r| <= ln2 / 2, e^-r by the polynomial of degree 6 whose largest relative error, 2e-9, is least, 2^-n by the exponent field.
+BNFAST_INLINE FloatVec exp_of_minus(FloatVec x) {
   const FloatVec zero = {};
-  const FloatVec v = max(zero - 87.0f, min(zero + 87.0f, x));
-  const FloatVec shifted = fma(v, zero + 1.44269504f, zero + 12582912.0f);  // 1.5 * 2^23: the low bits are round(v / ln2)
+  const FloatVec v = min(zero + 87.0f, x);
+  const FloatVec shifted = fma(v, zero - 1.44269504f, zero + 12582912.0f);  // 1.5 * 2^23: the low bits are round(-v / ln2)
   const FloatVec n = shifted - 12582912.0f;
-  const FloatVec r = fma(n, zero + 2.12194440e-4f, fma(n, zero - 0.693359375f, v));  // ln2 in two parts, the first exact times n
-  FloatVec e = fma(r, zero + 1.0f / 5040, zero + 1.0f / 720);
-  e = fma(e, r, zero + 1.0f / 120);
-  e = fma(e, r, zero + 1.0f / 24);
-  e = fma(e, r, zero + 1.0f / 6);
-  e = fma(e, r, zero + 0.5f);
-  e = fma(e, r, zero + 1.0f);
+  const FloatVec r = fma(n, zero - 2.12194440e-4f, fma(n, zero + 0.693359375f, v));  // ln2 in two parts, the first exact times n
+  FloatVec e = fma(r, zero + 0.00138436060f, zero - 0.00837419555f);
+  e = fma(e, r, zero + 0.0416680053f);
+  e = fma(e, r, zero - 0.166664302f);
+  e = fma(e, r, zero + 0.49999994f);
+  e = fma(e, r, zero - 1.0f);
   e = fma(e, r, zero + 1.0f);
   return (FloatVec)((FloatMask)e + (FloatMask)((Words)shifted << 23));
 }
@@ -441,7 +441,7 @@ BNFAST_INLINE FloatVec exp_clamped(FloatVec x) {
 // 1 / (1 + exp(-x)) to about 2 ulp. The one function whose bits depend on the instruction set: fma and division differ.
 BNFAST_INLINE Block<float> sigmoid(const Block<float>& x) {
   return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
-    const FloatVec s = reciprocal(exp_clamped(-x.part[p]) + 1.0f);
+    const FloatVec s = reciprocal(exp_of_minus(x.part[p]) + 1.0f);
     return x.part[p] < -87.0f ? FloatVec{} : s;   // 0, so that -infinity * sigmoid(-infinity) is NaN as in PyTorch
   });
 }
