@@ -310,8 +310,8 @@ MUTATIONS = [
         "bn_fwd_apply",
         "rows: bits of all rows of a unit in one place",
         KERNELS,
-        "int64_t{0}, e / kBlock);",
-        "int64_t{0}, s.begin / kBlock);",
+        "body(channel, e, j, lanes, e / kBlock); });",
+        "body(channel, e, j, lanes, s.begin / kBlock); });",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -338,8 +338,8 @@ MUTATIONS = [
         "bn_fwd_apply",
         "beta - mean * scale folded, which cancels",
         KERNELS,
-        "return (z - mean.at(j, lanes)) * scale.at(j, lanes) + beta.at(j, lanes);",
-        "return z * scale.at(j, lanes) + (beta.at(j, lanes) - mean.at(j, lanes) * scale.at(j, lanes));",
+        "return (z - channel.mean.at(j, lanes)) * channel.scale.at(j, lanes) + channel.beta.at(j, lanes);",
+        "return z * channel.scale.at(j, lanes) + (channel.beta.at(j, lanes) - channel.mean.at(j, lanes) * channel.scale.at(j, lanes));",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -359,8 +359,8 @@ MUTATIONS = [
         "bn_fwd_apply",
         "a coarse exponential",
         VECTORS,
-        "e = fma(e, r, zero + 1.0f / 120);",
-        "e = fma(e, r, zero + 1.0f / 110);",
+        "e = fma(e, r, zero + 0.0416680053f);",
+        "e = fma(e, r, zero + 0.0417680053f);",
     ),
     Mutation(
         "bn_fwd_apply",
@@ -628,6 +628,13 @@ MUTATIONS = [
         "size - ((out - 1) * s - 2 * p + (k - 1) + 1)",
     ),
     Mutation(
+        "bn_fwd_apply",
+        "parameters of the first Block of a row held for all",
+        KERNELS,
+        "(body(held[I], e,",
+        "(body(held[0], e,",
+    ),
+    Mutation(
         "conv_fwd_reduce",
         "winograd: a sign in the transform of the input",
         WINOGRAD,
@@ -827,8 +834,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "winograd: tiles short down take rows of those short across",
         WINOGRAD,
-        "!Form::kForm.has(outputs_across, j) ? count[kShortAcross] : 0",
-        "!Form::kForm.has(outputs_across, j) ? count[kShortBoth] : 0",
+        "!short_across_has_[j] ? count_[kShortAcross] : 0",
+        "!short_across_has_[j] ? count_[kShortBoth] : 0",
     ),
     Mutation(
         "conv_fwd_reduce",

@@ -220,52 +220,54 @@ struct TileCounter {
 // in every tile that has it, but for tiles short down, where tiles short across lack it.
 enum TileKind { kWhole, kShortAcross, kShortDown, kShortBoth, kTileKinds };
 template <class Form>
-struct Tiles {
-  static constexpr int kOut = Form::kForm.out;
-  int outputs_down, outputs_across;   // of short ones
-  int64_t count[kTileKinds];
-
+class Tiles {
+ public:
   // The tiles [begin, end), counted over images.
-  Tiles(const WinogradConv& d, int64_t begin, int64_t end) : outputs_down(d.last_down), outputs_across(d.last_across), count{} {
-    if (outputs_down == kOut && outputs_across == kOut) {
-      count[kWhole] = end - begin;
-      return;
+  Tiles(const WinogradConv& d, int64_t begin, int64_t end) : outputs_down_(d.last_down), outputs_across_(d.last_across) {
+    if (outputs_down_ == kOut && outputs_across_ == kOut) count_[kWhole] = end - begin;
+    else for (TileCounter at(begin, d); at.tile < end; at.next()) ++count_[kind(at)];
+    for (int value = 0; value < kPoints; ++value) {
+      values_down_ += short_down_has_[value] = Form::kForm.has(outputs_down_, value);
+      values_across_ += short_across_has_[value] = Form::kForm.has(outputs_across_, value);
     }
-    for (TileCounter at(begin, d); at.tile < end; at.next()) ++count[kind(at)];
+    for (int down = 0; down < 2; ++down) {
+      for (int across = 0; across < 2; ++across) {
+        rows_[down][across] = count_[kWhole] + across * count_[kShortAcross] + down * (count_[kShortDown] + across * count_[kShortBoth]);
+      }
+    }
   }
+  BNFAST_INLINE TileKind kind(const TileCounter& at) const {
+    const bool across = at.column + 1 == at.columns && outputs_across_ < kOut;
+    const bool down = at.row_of_image + 1 == at.rows && outputs_down_ < kOut;
+    return static_cast<TileKind>(2 * down + across);
+  }
+  // Outputs of a tile.
+  BNFAST_INLINE int down(TileKind kind) const { return kind >= kShortDown ? outputs_down_ : kOut; }
+  BNFAST_INLINE int across(TileKind kind) const { return kind % 2 ? outputs_across_ : kOut; }
   // The row of the first tile of a kind.
   int64_t first(int kind) const {
     int64_t rows = 0;
-    for (int before = 0; before < kind; ++before) rows += count[before];
+    for (int before = 0; before < kind; ++before) rows += count_[before];
     return rows;
   }
-  BNFAST_INLINE TileKind kind(const TileCounter& at) const {
-    const bool across = at.column + 1 == at.columns && outputs_across < kOut, down = at.row_of_image + 1 == at.rows && outputs_down < kOut;
-    return static_cast<TileKind>(2 * down + across);
-  }
-  BNFAST_INLINE int down(TileKind kind) const { return kind >= kShortDown ? outputs_down : kOut; }
-  BNFAST_INLINE int across(TileKind kind) const { return kind % 2 ? outputs_across : kOut; }
-  // Rows of value (i, j).
-  int64_t rows(int i, int j) const {
-    int64_t sum = 0;
-    for (int k = 0; k < kTileKinds; ++k) {
-      const auto of = static_cast<TileKind>(k);
-      if (Form::kForm.has(down(of), i) && Form::kForm.has(across(of), j)) sum += count[k];
-    }
-    return sum;
-  }
-  // Rows of all values.
-  int64_t values() const {
-    int64_t sum = 0;
-    for (int i = 0; i < Form::kForm.points; ++i) {
-      for (int j = 0; j < Form::kForm.points; ++j) sum += rows(i, j);
-    }
-    return sum;
+  // Rows of value (i, j), and of all values.
+  int64_t rows(int i, int j) const { return rows_[short_down_has_[i]][short_across_has_[j]]; }
+  int64_t all_rows() const {
+    const int64_t down = values_down_, across = values_across_, less_down = kPoints - down, less_across = kPoints - across;
+    return down * (across * rows_[1][1] + less_across * rows_[1][0]) + less_down * (across * rows_[0][1] + less_across * rows_[0][0]);
   }
   // How much nearer value (., j) of a tile lies.
   BNFAST_INLINE int64_t missing(TileKind kind, int j) const {
-    return kind == kShortDown && !Form::kForm.has(outputs_across, j) ? count[kShortAcross] : 0;
+    return kind == kShortDown && !short_across_has_[j] ? count_[kShortAcross] : 0;
   }
+
+ private:
+  static constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
+  int outputs_down_, outputs_across_;   // of short tiles
+  int64_t count_[kTileKinds] = {};
+  bool short_down_has_[kPoints], short_across_has_[kPoints];
+  int values_down_ = 0, values_across_ = 0;
+  int64_t rows_[2][2];   // of a value that tiles short down have, and tiles short across
 };
 
 // Six places at equal steps. One pointer reaches them all by addressing alone; it is hidden from the compiler, which would compute all 36 of a
@@ -514,7 +516,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
   const T* const zeros = reinterpret_cast<const T*>(scratch);
   const int64_t all_tiles = (end - begin) * d.tile_columns, panels = (last - first + kWideBlocks - 1) / kWideBlocks;
   const int64_t calls = all_tiles * (in_columns / kBlock + last - first) * kLinesPerTile +
-                        Tiles<Form>(d, begin * d.tile_columns, end * d.tile_columns).values() / kWideTiles * panels * d.channels;
+                        Tiles<Form>(d, begin * d.tile_columns, end * d.tile_columns).all_rows() / kWideTiles * panels * d.channels;
   RunsAhead ahead(d.upcoming, d.upcoming_count, calls);
   MadeRows made;
   InputRows<T> input(d.x, d.source, d.channels, d.height, d.width, kIn, products + d.values(panel_columns), made, d.own);
