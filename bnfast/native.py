@@ -327,8 +327,9 @@ def joins_residual(x, weight, stride, padding, dilation, groups):
 
 
 def bn_fwd_apply_residual_conv_fwd_reduce(
-    z, norm, residual, act, slope, want_bits, weight, bias, stride, padding, dilation, groups, *stats
-):
+    z, norm, residual, act, slope, want_bits, weight, bias, stride, padding, dilation, groups,
+    *stats,
+):  # fmt: skip
     """See reference.bn_fwd_apply_residual_conv_fwd_reduce, for what `joins_residual` says yes to."""
     turned = _winograd_weight(weight, stride, z.dtype)
     rest = (weight.shape[0], padding, stride[0], *stats)
