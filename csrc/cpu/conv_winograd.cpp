@@ -197,18 +197,13 @@ class Winograd {
     };
     // Rows of tiles and tiles of a row that have a value, and values that they have along a side: all tiles, and all but the short ones.
     const int64_t tiles = rows * d_.tile_columns, fewer_rows = rows - rows / d_.tile_rows, fewer_columns = d_.tile_columns - 1;
-    const double all_down = values_of(d_.last_down), less_down = d_.form.points - all_down;
-    const double all_across = values_of(d_.last_across), less_across = d_.form.points - all_across;
+    const double all_down = d_.form.values(d_.last_down), less_down = d_.form.points - all_down;
+    const double all_across = d_.form.values(d_.last_across), less_across = d_.form.points - all_across;
     const double products = all_down * (all_across * groups(tiles) + less_across * groups(rows * fewer_columns)) +
                             less_down * (all_across * groups(fewer_rows * d_.tile_columns) + less_across * groups(fewer_rows * fewer_columns));
     const int64_t units = ceil_div(rows_, rows), shared = units < kFewUnits ? ceil_div(units, kEven) * kEven : units;
     return static_cast<double>(shared) * (products / static_cast<double>(d_.points()) + (weights_are_near_ ? 2 : 4)) *
            (1 + 0.01 * static_cast<double>(std::max<int64_t>(0, tiles - wanted)));
-  }
-  int values_of(int outputs) const {
-    int count = 0;
-    for (int value = 0; value < d_.form.points; ++value) count += d_.form.has(outputs, value);
-    return count;
   }
 
   void make_room() {

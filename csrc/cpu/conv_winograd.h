@@ -38,6 +38,11 @@ struct WinogradForm {
     if (value > infinity) return value - 5 < direct(outputs);
     return through > 0 && (value == infinity || value < through + taps - 2);
   }
+  constexpr int values(int outputs) const {
+    int count = 0;
+    for (int value = 0; value < points; ++value) count += has(outputs, value);
+    return count;
+  }
 };
 constexpr WinogradForm kSame = {6, 4, 6, 4}, kHalved = {9, 8, 9, 4}, kDoubled = {5, 4, 9, 8};
 

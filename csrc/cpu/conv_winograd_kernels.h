@@ -227,8 +227,8 @@ class Tiles {
     if (outputs_down_ == kOut && outputs_across_ == kOut) count_[kWhole] = end - begin;
     else for (TileCounter at(begin, d); at.tile < end; at.next()) ++count_[kind(at)];
     for (int value = 0; value < kPoints; ++value) {
-      values_down_ += short_down_has_[value] = Form::kForm.has(outputs_down_, value);
-      values_across_ += short_across_has_[value] = Form::kForm.has(outputs_across_, value);
+      short_down_has_[value] = Form::kForm.has(outputs_down_, value);
+      short_across_has_[value] = Form::kForm.has(outputs_across_, value);
     }
     for (int down = 0; down < 2; ++down) {
       for (int across = 0; across < 2; ++across) {
@@ -253,7 +253,8 @@ class Tiles {
   // Rows of value (i, j), and of all values.
   int64_t rows(int i, int j) const { return rows_[short_down_has_[i]][short_across_has_[j]]; }
   int64_t all_rows() const {
-    const int64_t down = values_down_, across = values_across_, less_down = kPoints - down, less_across = kPoints - across;
+    const int64_t down = Form::kForm.values(outputs_down_), across = Form::kForm.values(outputs_across_);
+    const int64_t less_down = kPoints - down, less_across = kPoints - across;
     return down * (across * rows_[1][1] + less_across * rows_[1][0]) + less_down * (across * rows_[0][1] + less_across * rows_[0][0]);
   }
   // How much nearer value (., j) of a tile lies.
@@ -266,7 +267,6 @@ class Tiles {
   int outputs_down_, outputs_across_;   // of short tiles
   int64_t count_[kTileKinds] = {};
   bool short_down_has_[kPoints], short_across_has_[kPoints];
-  int values_down_ = 0, values_across_ = 0;
   int64_t rows_[2][2];   // of a value that tiles short down have, and tiles short across
 };
 

@@ -402,7 +402,6 @@ BNFAST_INLINE FloatVec broadcast(float value) {
 BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return (FloatVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 // The second operand where one is a NaN.
 BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return (FloatVec)_mm512_min_ps((__m512)a, (__m512)b); }
-BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm512_max_ps((__m512)a, (__m512)b); }
 // 1 / x for 1 <= x < 2^126: 14 bits from the table, doubled by Newton's step, in place of a division.
 BNFAST_INLINE FloatVec reciprocal(FloatVec x) {
   const FloatVec y = (FloatVec)_mm512_rcp14_ps((__m512)x);
@@ -412,12 +411,10 @@ BNFAST_INLINE FloatVec reciprocal(FloatVec x) {
 #elif defined(__x86_64__) && BNFAST_VECTOR_BYTES == 32
 BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return (FloatVec)_mm256_min_ps((__m256)a, (__m256)b); }
-BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm256_max_ps((__m256)a, (__m256)b); }
 BNFAST_INLINE FloatVec reciprocal(FloatVec x) { return 1.0f / x; }
 #else
 BNFAST_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return a * b + c; }
 BNFAST_INLINE FloatVec min(FloatVec a, FloatVec b) { return a < b ? a : b; }
-BNFAST_INLINE FloatVec max(FloatVec a, FloatVec b) { return a > b ? a : b; }
 BNFAST_INLINE FloatVec reciprocal(FloatVec x) { return 1.0f / x; }
 #endif
 
