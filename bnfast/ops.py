@@ -841,7 +841,7 @@ class _Backward:
             is_last = self.joins[k] if z is None else _is_last(z)
             if hidden is None and is_last and target.pool is None and target.has_own_statistics:
                 below = Below(z, bits, mean, rstd, gamma, beta)
-                if bits is not None:
+                if bits is not None or target.act in SMOOTH_ACTS:
                     self.masked.add(k)
                 r = target.residual_source
                 if r is not None and self.takes_db(r, bits is not None or target.act == "identity"):

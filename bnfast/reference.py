@@ -620,8 +620,8 @@ def bn_bwd_apply_conv_dgrad_reduce(
     beside it), each None where there is no such unit.
 
     Without above dy is dz; with source the convolution is one of equations (16) to (20), and dx that of (20). Where the unit below
-    has bits, what is returned is its db, the gradient of its residual too. With gate and shift [N, C], of squeeze and excitation behind the
-    unit, its output's gradient is dy gate + shift.
+    has bits, what is returned is its db, the gradient of its residual too; where its activation is smooth as well, whose slope is then
+    found once. With gate and shift [N, C], of squeeze and excitation behind the unit, its output's gradient is dy gate + shift.
     """
     if gate is not None:
         dy = torch.addcmul(shift[:, :, None, None], dy, gate[:, :, None, None])
@@ -641,6 +641,9 @@ def bn_bwd_apply_conv_dgrad_reduce(
     if bits is not None:
         dx = bn_bwd_mask(dx, bits, below_act, below_slope)
         below_act = "identity"
+    elif below_act in SMOOTH_ACTS:
+        db = _masked_gradient(dx, z, *vectors, None, None, below_act, below_slope)
+        dx, below_act = db.to(dx.dtype), "identity"
     sums = None
     if z is not None:
         sums = bn_bwd_reduce(dx, z, *vectors, None, None, below_act, below_slope)

@@ -918,8 +918,15 @@ MUTATIONS = [
         "conv_dgrad",
         "joined: db is not written",
         KERNELS,
-        "if constexpr (has_bits) store(dy + e + j, db, lanes);",
-        "if constexpr (has_bits) store(dy + e + j, given, lanes);",
+        "store(dy + e + j, db = rounded_to<T>(db), lanes);",
+        "store(dy + e + j, given, lanes);",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: dy is left of a smooth activation",
+        KERNELS,
+        " || t.act == Act::kHardswish;",
+        ";",
     ),
     Mutation(
         "conv_dgrad",

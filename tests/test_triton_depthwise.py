@@ -108,7 +108,7 @@ def test_forward(kernels, launched, size, kernel, stride, padding, dilation, dty
 
 @pytest.mark.parametrize("size, kernel, stride, padding, dilation", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["alone", "inner", "end"])
+@pytest.mark.parametrize("kind", ["alone", "inner", "smooth", "end"])
 def test_backward(kernels, launched, size, kernel, stride, padding, dilation, dtype, kind):
     channels = size[1]
     weight = (torch.randn(channels, 1, *kernel) / 3).to(DEVICE)
@@ -145,8 +145,9 @@ def test_backward(kernels, launched, size, kernel, stride, padding, dilation, dt
         if kind == "end":
             _, bits = kernels.bn_fwd_apply(*below[:1], *below[2:], residual, "relu", 0.0, True)
             below = below._replace(bits=bits)
+    below_act = "silu" if kind == "smooth" else "relu"
     dx, sums, sums_beside = kernels.bn_bwd_apply_conv_dgrad_reduce(
-        dy, above, "relu", 0.0, None, "identity", 0.0, *conv, add, below, "relu", 0.0, beside
+        dy, above, "relu", 0.0, None, "identity", 0.0, *conv, add, below, below_act, 0.0, beside
     )
     assert launched == ["launch_depthwise_dgrad"]
     w = weight.to(dtype).double()
@@ -161,12 +162,18 @@ def test_backward(kernels, launched, size, kernel, stride, padding, dilation, dt
             below.z.double(), *vectors, residual.double(), "identity", 0.0, False
         )[0]
         oracle = torch.where(pre > 0, oracle, 0)
+    if kind == "smooth":
+        z, _, *vectors = wide(tuple(below))
+        factors = (z, *vectors, None, None, None, None, below_act, 0.0, True)
+        _, oracle = reference.bn_bwd_apply(oracle, *factors)
+        # A slope is at most 1.1, and off by the rounding of its pre-activation.
+        scale = scale * (1.1 + 4 * torch.finfo(torch.float32).eps * (z.abs() + 10))
     slack = 2 * scale * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     assert_close_to_oracle(dx, oracle, [], "dx", scale=scale, terms=w[0].numel(), slack=slack)
     if below is None:
         assert sums is None
         return
-    act = "identity" if below.bits is not None else "relu"
+    act = "relu" if kind == "inner" else "identity"
     units = [(sums, (below.z, *below[2:]))]
     if beside is not None:
         units.append((sums_beside, (*beside, None, None)))

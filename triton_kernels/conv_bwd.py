@@ -77,12 +77,14 @@ def taken_up(
             places, there = bit_places(pixel, j, pixels, in_channels, BLOCK_J)
             packed = tl.load(below.bits + places, there & m_mask[:, None], 0)
             db = masked(unpack_bits(packed, BLOCK_M, BLOCK_J), dy, ACT, SLOPE)
-            dx = db.to(DTYPE)
         elif ACT == "identity":
             db = dy
         else:
             pre = pre_activation(z, mean[None, :], scale[None, :], beta[None, :])
             db = act_gradient(pre, dy, DTYPE, ACT, SLOPE)
+        if below.bits is not None or ACT == "silu" or ACT == "hardswish":
+            dx = db.to(DTYPE)
+            db = dx.to(ACC)
         # Outside the tensor dx is 0, but 0 times an infinite slope or distance would not be.
         db = tl.where(mask, db, 0)
         sum_db = tl.sum(db, 0)

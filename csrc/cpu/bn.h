@@ -63,8 +63,9 @@ struct BnKernels {
   // bn_bwd_reduce: sum(db) and sum(db * (z - mean)) of the span.
   void (*bwd_reduce_rows)(const BnTensors&, RowSpan, void* sum_db, void* sum_db_z);
   void (*bwd_reduce_planes)(const BnTensors&, PlaneSpan, void* sum_db, void* sum_db_z);
-  // bn_bwd_reduce of a run of rows while dy is in the cache: dy += add, masked where there are bits; db,
-  // db * (z - mean), and db * (z_beside - mean_beside) are added to sums, three arrays of length. float32 and bfloat16, else null.
+  // bn_bwd_reduce of a run of rows while dy is in the cache: dy += add, then db in its place where there are bits or the activation is
+  // smooth; db, db * (z - mean), and db * (z_beside - mean_beside) are added to sums, three arrays of length. float32 and bfloat16,
+  // else null.
   void (*bwd_join_rows)(const BnTensors&, RowSpan, float* sums);
   void (*add_rows)(const BnTensors&, RowSpan);   // dy += add
   // bn_bwd_apply.

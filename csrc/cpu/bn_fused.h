@@ -137,7 +137,8 @@ struct BelowUnit {
   OptionalTensor z_beside, mean_beside, rstd_beside;
 };
 
-// What follows a data gradient while it is in the cache: + add, the mask of the unit below where that has bits, and its bn_bwd_reduce.
+// What follows a data gradient while it is in the cache: + add, db of the unit below where that has bits or a smooth activation, and its
+// bn_bwd_reduce.
 class BehindDgrad {
  public:
   // Without units they are those of bn_bwd_reduce.

@@ -426,15 +426,16 @@ void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
   const float* mean_beside = static_cast<const float*>(t.mean_beside);
   T* dy = static_cast<T*>(t.out);
   const Channel<T, true> channel(t, 0);
-  const bool is_masked = t.slope_from == Slope::kFromBits;
+  // The slope of a smooth activation costs more than db does, which lies in the cache as dy did.
+  const bool keeps = t.slope_from == Slope::kFromBits || t.act == Act::kSilu || t.act == Act::kHardswish;
   with_gradient<T>(t, [&](auto gradient) {
-    const auto run = [&](auto has_add, auto has_bits, auto has_beside) {
+    const auto run = [&](auto has_add, auto keeps_db, auto has_beside) {
       const auto add = [&](int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
         B given = load(dy + e + j, lanes);
         if constexpr (has_add) given = rounded_to<T>(given + load(more + e + j, lanes));
         const B zb = load(z + e + j, lanes);
-        const B db = gradient(channel, zb, given, e, j, lanes, e / kBlock);
-        if constexpr (has_bits) store(dy + e + j, db, lanes);
+        B db = gradient(channel, zb, given, e, j, lanes, e / kBlock);
+        if constexpr (keeps_db) store(dy + e + j, db = rounded_to<T>(db), lanes);
         else if constexpr (has_add) store(dy + e + j, given, lanes);
         sum[0] = sum[0] + db;
         sum[1] = sum[1] + db * (zb - channel.mean.at(j, lanes));
@@ -456,11 +457,11 @@ void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
         for_blocks(std::min(length, span.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA { rows(e, j, lanes, 1); });
       }
     };
-    const auto with_add = [&](auto has_bits, auto has_beside) {
-      more ? run(Flag<true>{}, has_bits, has_beside) : run(Flag<false>{}, has_bits, has_beside);
+    const auto with_add = [&](auto keeps_db, auto has_beside) {
+      more ? run(Flag<true>{}, keeps_db, has_beside) : run(Flag<false>{}, keeps_db, has_beside);
     };
-    if (beside) is_masked ? with_add(Flag<true>{}, Flag<true>{}) : with_add(Flag<false>{}, Flag<true>{});
-    else is_masked ? with_add(Flag<true>{}, Flag<false>{}) : with_add(Flag<false>{}, Flag<false>{});
+    if (beside) keeps ? with_add(Flag<true>{}, Flag<true>{}) : with_add(Flag<false>{}, Flag<true>{});
+    else keeps ? with_add(Flag<true>{}, Flag<false>{}) : with_add(Flag<false>{}, Flag<false>{});
   });
 }
 

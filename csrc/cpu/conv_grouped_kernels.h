@@ -15,11 +15,13 @@ namespace bnfast::BNFAST_NAMESPACE {
 
 constexpr int64_t kChannelsAtOnce = 64, kTapsAtOnce = 256;   // of a row: at most, and times the channels of a group
 
-// Calls of RunsAhead::line() beside a tap.
-constexpr int lines_per_tap(int width) { return width == 1 ? 2 : width; }
-
 // Outputs of a row that are computed together, as the registers have room for them.
-constexpr int together(int width) { return width == 1 ? 4 : BNFAST_VECTOR_BYTES == 64 ? 8 : BNFAST_VECTOR_BYTES == 32 ? 2 : 1; }
+constexpr int together(int width) {
+  return BNFAST_VECTOR_BYTES == 64 ? 8 : width == 1 ? 4 : BNFAST_VECTOR_BYTES == 32 ? 2 : 1;
+}
+
+// Calls of RunsAhead::line() beside a tap of so many outputs.
+constexpr int lines_per_tap(int width, int outputs) { return width == 1 ? std::max(1, outputs / 2) : width; }
 
 // The taps of an output, each with the input that it meets.
 template <class T>
@@ -57,6 +59,7 @@ struct Spread {
 BNFAST_INLINE FloatBlock fma(const FloatBlock& a, const FloatBlock& b, const FloatBlock& c) {
   return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(a.part[p], b.part[p], c.part[p]); });
 }
+BNFAST_INLINE Block<double> fma(const Block<double>& a, const Block<double>& b, const Block<double>& c) { return a * b + c; }
 BNFAST_INLINE FloatBlock fma(float a, const FloatBlock& b, const FloatBlock& c) {
   return FloatBlock::make([&](int p) BNFAST_INLINE_LAMBDA { return fma(broadcast(a), b.part[p], c.part[p]); });
 }
@@ -76,9 +79,9 @@ BNFAST_INLINE void grouped_tile(const MetTaps<T>& met, int64_t all_channels, int
       const T* x = met.x[i] + offset + c;
       const acc_t<T>* tap = met.tap[i] + c;
       if constexpr (kWidth == 1) {
-        for (int l = 0; l < lines_per_tap(1); ++l) ahead.line();
+        for (int l = 0; l < lines_per_tap(1, kCount); ++l) ahead.line();
         const B factor = load(tap, lanes);
-        for (int o = 0; o < kCount; ++o) sum[o] = sum[o] + load(x + o * x_step, lanes) * factor;
+        for (int o = 0; o < kCount; ++o) sum[o] = fma(load(x + o * x_step, lanes), factor, sum[o]);
       } else {
         constexpr bool kIsBroadcast = kWidth == kBlock && std::is_same_v<T, float>;
         B value[kCount];
@@ -115,8 +118,7 @@ BNFAST_INLINE void grouped_run(const MetTaps<T>& met, int64_t all_channels, int6
     grouped_tile<kWidth, kCount>(met, all_channels, k * x_step, x_step, bias, y + k * y_step, y_step, channels, before, ahead);
   }
   if constexpr (kCount > 1) {
-    constexpr int kNext = kWidth == 1 ? 1 : kCount / 2;
-    grouped_run<kWidth, kNext>(met, all_channels, k, count, x_step, bias, y, y_step, channels, before, ahead);
+    grouped_run<kWidth, kCount / 2>(met, all_channels, k, count, x_step, bias, y, y_step, channels, before, ahead);
   }
 }
 
@@ -148,7 +150,7 @@ void grouped_rows_of(const GroupedConv& d, int64_t begin, int64_t end, void* scr
       fetch(d.y, row + 1, 1, out_bytes);
     }
     for (const void* tensor : d.behind) fetch(tensor, row, 1, out_bytes);
-    RunsAhead ahead(runs, run_count, tiles * down.kernel * across.kernel * lines_per_tap(kWidth) / (phases * phases));
+    RunsAhead ahead(runs, run_count, tiles * down.kernel * across.kernel * lines_per_tap(kWidth, kTogether) / (phases * phases));
     for (int64_t c = 0; c < channels; c += kAtOnce) {
       const int64_t width = std::min(kAtOnce, channels - c);
       const A* const bias = d.bias ? static_cast<const A*>(d.bias) + c : nullptr;
