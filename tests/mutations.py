@@ -31,6 +31,7 @@ WINOGRAD_FORM = "csrc/cpu/conv_winograd.h"
 DOT, DOT_GEOMETRY = "csrc/cpu/conv_dot_kernels.h", "csrc/cpu/conv_dot.h"
 DOT_OPERATORS, MATRICES = "csrc/cpu/conv_dot.cpp", "csrc/cpu/capability_amx.cpp"
 GROUPED, GROUPED_GEOMETRY = "csrc/cpu/conv_grouped_kernels.h", "csrc/cpu/conv_grouped.h"
+GROUPED_OPERATORS = "csrc/cpu/conv_grouped.cpp"
 RECORDING, RECORDER = "csrc/recording.cpp", "bnfast/recording.py"
 INPUT_ROWS, JOINED = "csrc/cpu/input_rows.h", "csrc/cpu/conv_joined.h"
 POINTWISE, POINTWISE_OPERATORS = "csrc/cpu/conv_pointwise_kernels.h", "csrc/cpu/conv_pointwise.cpp"
@@ -771,7 +772,7 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "pointwise: the partial row is reduced before it is written",
         OPERATORS,
-        "if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count());",
+        "if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing);",
         "",
     ),
     Mutation(
@@ -904,8 +905,22 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "joined: units reduced before they are written",
         JOINED,
-        "if (!at_once) conv.unit(unit); }, running_mean",
-        "if (!at_once && unit) conv.unit(unit - 1); }, running_mean",
+        "if (at_once) return;",
+        "if (at_once || unit-- == 0) return;",
+    ),
+    Mutation(
+        "conv_dgrad",
+        "joined: a piece of a unit is not taken",
+        GROUPED_OPERATORS,
+        "take(rows.begin * width, rows.end * width, upcoming);",
+        "if (rows.end < row(u + 1) || begin == row(u)) take(rows.begin * width, rows.end * width, upcoming);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "joined: rows made for another piece are taken for its own",
+        GROUPED_OPERATORS,
+        "if (own.next_row != rows.begin) own.made = {};",
+        "",
     ),
     Mutation(
         "conv_dgrad",
@@ -967,8 +982,8 @@ MUTATIONS = [
         "conv_fwd_apply",
         "the last unit stays z",
         JOINED,
-        "behind.take(units->borders[u], units->borders[u + 1]);",
-        "if (u + 1 < end) behind.take(units->borders[u], units->borders[u + 1]);",
+        "Upcoming&) { behind.take(first, last); }",
+        "Upcoming&) { if (u + 1 < end) behind.take(first, last); }",
     ),
     Mutation(
         "conv_fwd_apply",

@@ -388,24 +388,27 @@ struct Statistics {
   }
 };
 
-using Produce = c10::function_ref<void(int64_t unit, int64_t begin, int64_t end)>;
+using Produce = c10::function_ref<void(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming)>;
 
 // The statistics of rows. produce, where given, writes the pixels [begin, end) of z, those of a unit, before they are read.
 void reduce_rows(Statistics& found, const Tensor& z, const Layout& l, const RowUnits& units, const Produce* produce) {
   const BnKernels& kernels = kernels_for(z);
-  BnTensors t;
-  t.z = z.const_data_ptr();
   Partials partials(units.units(), units.length, at::kDouble);
   for_units(units.units() - (units.tail ? 1 : 0), [&](int64_t u) {
     const RowSpan span = units.span(u);
-    if (produce) (*produce)(u, span.begin / l.channels, span.end / l.channels);
+    Upcoming upcoming;
+    if (produce) (*produce)(u, span.begin / l.channels, span.end / l.channels, upcoming);
+    BnTensors t;
+    t.z = z.const_data_ptr();
+    t.upcoming = &upcoming;
     std::vector<double> scratch(3 * units.length);
     kernels.fwd_reduce_rows(t, span, partials.first_row<double>(u), partials.second_row<double>(u), scratch.data());
   });
   if (units.tail) {
     // One value per place: the value is the mean, and M2 is 0.
     const int64_t last = units.units() - 1, begin = z.storage_offset() + units.span(last).begin;
-    if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count());
+    Upcoming nothing;
+    if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing);
     partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
     partials.second[last].zero_();
   }
@@ -551,7 +554,10 @@ std::tuple<Tensor, Tensor> bn_fwd_reduce_behind(const Tensor& z, const PixelUnit
   const Layout l = layout_of(z);
   Statistics found(z, l, eps);
   const bool by_pixels = l.rows && l.inner == 1;
-  if (!by_pixels && l.numel() > 0) produce(0, 0, l.count());
+  if (!by_pixels && l.numel() > 0) {
+    Upcoming nothing;
+    produce(0, 0, l.count(), nothing);
+  }
   if (by_pixels && l.numel() > 0) reduce_rows(found, z, l, units ? RowUnits(l, *units) : RowUnits(l), &produce);
   else if (l.numel() > 0) l.rows ? reduce_rows(found, z, l, RowUnits(l), nullptr) : reduce_planes(found, z, l);
   found.write<float>({0, l.channels});
@@ -1068,12 +1074,19 @@ std::array<const void*, 3> BehindDgrad::reads() const {
   return {t.z, t.add, t.z_beside};
 }
 
-void BehindDgrad::take(int64_t unit, int64_t first, int64_t last) const {
+int64_t BehindDgrad::cycles(int64_t pixels) const {
+  const State& s = *state_;
+  return s.z.defined() ? ceil_div(pixels * s.layout.channels, kBlockLanes) * bwd_reduce_cycles(s.tensors.act) : 0;
+}
+
+void BehindDgrad::take(int64_t unit, int64_t first, int64_t last, Upcoming* upcoming) const {
   const State& s = *state_;
   const RowSpan span = {s.units.length, first * s.layout.channels, last * s.layout.channels};
   if (s.z.defined()) {
     if (first == begin(unit)) std::fill(s.part(unit), s.part(unit) + 3 * s.units.length, 0.0f);
-    s.kernels.bwd_join_rows(s.tensors, span, s.part(unit));
+    BnTensors t = s.tensors;
+    t.upcoming = upcoming;
+    s.kernels.bwd_join_rows(t, span, s.part(unit));
   } else if (s.add.defined()) {
     s.kernels.add_rows(s.tensors, span);
   }

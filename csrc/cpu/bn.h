@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "pixels.h"
 
 namespace bnfast {
 
@@ -36,6 +37,7 @@ struct BnTensors {
   double slope = 0;
   Slope slope_from = Slope::kFromZ;
   int64_t ahead = 0;     // planes: elements from what an elementwise phase reads to what is read after it, fetched meanwhile
+  Upcoming* upcoming = nullptr;   // fwd_reduce_rows, bwd_join_rows: fetched meanwhile
   bool streams = false;  // out is written past the cache: nothing reads it soon, and its lines need not be read first
 };
 

@@ -24,10 +24,12 @@ struct PixelUnits {
   std::vector<int64_t> borders;
 };
 
-// bn_fwd_reduce of z, whose pixels [begin, end) are written by produce(unit, begin, end) before they are reduced: each pixel once, by
-// any thread. Without units they are those of bn_fwd_reduce. Returns mean, rstd.
+// bn_fwd_reduce of z, whose pixels [begin, end) are written by produce(unit, begin, end, upcoming) before they are reduced: each pixel
+// once, by any thread. What it leaves in upcoming is fetched beside the reduction. Without units they are those of bn_fwd_reduce.
+// Returns mean, rstd.
 std::tuple<at::Tensor, at::Tensor> bn_fwd_reduce_behind(
-    const at::Tensor& z, const PixelUnits* units, c10::function_ref<void(int64_t unit, int64_t begin, int64_t end)> produce,
+    const at::Tensor& z, const PixelUnits* units,
+    c10::function_ref<void(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming)> produce,
     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
     double eps);
 
@@ -149,8 +151,9 @@ class BehindDgrad {
   int64_t end(int64_t unit) const;
   std::array<const void*, 3> reads() const;   // what it reads beside dx, null where there is no such tensor
   int64_t granularity() const;         // pixels: what is taken begins at a multiple of it
+  int64_t cycles(int64_t pixels) const;
   // Takes the pixels [first, last) of a unit, which have been written: the unit from its beginning to its end by one thread.
-  void take(int64_t unit, int64_t first, int64_t last) const;
+  void take(int64_t unit, int64_t first, int64_t last, Upcoming* upcoming = nullptr) const;
   // dgamma and dbeta of the unit below and of the one beside it, empty where there is none; when all units have been taken.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sums() const;
 

@@ -12,6 +12,7 @@
 
 #include "../activation.h"
 #include "bn.h"
+#include "runs_ahead.h"
 #include "vec.h"
 
 namespace bnfast::BNFAST_NAMESPACE {
@@ -117,15 +118,19 @@ BNFAST_INLINE void for_elements(const BnTensors& t, PlaneSpan s, F body) {
 
 template <class Span> constexpr bool kRows = std::is_same_v<Span, RowSpan>;
 
-// What an elementwise phase of planes will read next. Rows are read from end to end, which needs no help.
+constexpr int64_t kNear = 512;   // elements
+
+// What an elementwise phase will read next: of planes, what is named; of rows, which are read from end to end, what comes soon. The
+// prefetcher of the hardware begins anew at each page, and after each piece of a convolution that runs between the rows.
 template <class Span, class T>
 BNFAST_INLINE void fetch_ahead(const BnTensors& t, const T* from) {
-  if constexpr (!kRows<Span>) __builtin_prefetch(from + t.ahead, 0, 2);
+  __builtin_prefetch(from + (kRows<Span> ? kNear : t.ahead), 0, kRows<Span> ? 3 : 2);
 }
 
-// What the next rows will read, where four rows of `length` elements are read side by side: the hardware loses sight of them.
-template <class T>
-BNFAST_INLINE void fetch_next_rows(const T* from, int64_t length) { __builtin_prefetch(from + 4 * length, 0, 2); }
+// What the next rows will read, where four rows of `length` elements are read side by side: the hardware loses sight of them. From the L2
+// cache into the L1 cache (kLocality 3), or from memory into the L2 cache.
+template <int kLocality = 2, class T>
+BNFAST_INLINE void fetch_next_rows(const T* from, int64_t length) { __builtin_prefetch(from + 4 * length, 0, kLocality); }
 
 // A branch that always goes the same way, in place of a second copy of each kernel.
 template <class T> BNFAST_INLINE void write(T* to, const Block<acc_t<T>>& b, Whole, bool streams) {
@@ -251,6 +256,7 @@ void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2,
   A* sum = centre + length;
   A* square = sum + length;
   const int64_t tile_rows = std::max<int64_t>(4, kTile / length / 4 * 4);
+  RunsAhead ahead(t.upcoming, &Upcoming::beside_reduction, 2 * kFwdReduceCycles);   // two calls for four Blocks
   int64_t done = 0;
   for (int64_t begin = span.begin; begin < span.end; begin += tile_rows * length) {
     const RowSpan tile = {length, begin, std::min(span.end, begin + tile_rows * length)};
@@ -262,6 +268,7 @@ void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2,
         Block<A> total = load_block(x);
         if constexpr (four) {
           for (int i = 0; i < 4; ++i) fetch_next_rows(x + i * length, length);
+          ahead.line();
           total = (total + load_block(x + length)) + (load_block(x + 2 * length) + load_block(x + 3 * length));
         }
         store_block(centre + j, load_block(centre + j) + total);
@@ -278,6 +285,7 @@ void fwd_reduce_rows(const BnTensors& t, RowSpan span, double* mean, double* m2,
         Block<A> d = load_block(x) - c;
         Block<A> q = d * d;
         if constexpr (four) {
+          ahead.line();
           const Block<A> d1 = load_block(x + length) - c, d2 = load_block(x + 2 * length) - c,
                          d3 = load_block(x + 3 * length) - c;
           d = (d + d1) + (d2 + d3);
@@ -426,11 +434,15 @@ void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
   const float* mean_beside = static_cast<const float*>(t.mean_beside);
   T* dy = static_cast<T*>(t.out);
   const Channel<T, true> channel(t, 0);
+  RunsAhead ahead(t.upcoming, &Upcoming::beside_reduction, bwd_reduce_cycles(t.act));
   // The slope of a smooth activation costs more than db does, which lies in the cache as dy did.
   const bool keeps = t.slope_from == Slope::kFromBits || t.act == Act::kSilu || t.act == Act::kHardswish;
   with_gradient<T>(t, [&](auto gradient) {
     const auto run = [&](auto has_add, auto keeps_db, auto has_beside) {
       const auto add = [&](int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
+        ahead.line();
+        fetch_next_rows<3>(dy + e + j, length);
+        fetch_next_rows<3>(z + e + j, length);
         B given = load(dy + e + j, lanes);
         if constexpr (has_add) given = rounded_to<T>(given + load(more + e + j, lanes));
         const B zb = load(z + e + j, lanes);

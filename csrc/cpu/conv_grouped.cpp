@@ -16,8 +16,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kUnitBytes = 192 << 10;   // of y that stay in the L2 cache for what is read behind them
+constexpr int64_t kUnitBytes = 384 << 10;   // of x and y, or twice y, that stay in the L2 cache
 constexpr int64_t kFewestRows = 4;          // of an image in one unit
+constexpr int64_t kPieceElements = 4096;    // of y behind which something elementwise follows, where its rows are narrower
 constexpr int64_t kAlignment = 64;   // of scratch memory, in bytes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -62,7 +63,9 @@ class Grouped {
     d_.y = y.mutable_data_ptr();
     rows_ = cpu_capability().grouped[static_cast<int>(dtype_of(x))].rows;
     find_runs();
-    const int64_t height = std::max<int64_t>(1, d_.down.out), row = std::max<int64_t>(1, d_.across.out * d_.channels * y.element_size());
+    const int64_t height = std::max<int64_t>(1, d_.down.out);
+    const int64_t places = d_.across.out + std::max(d_.across.out, d_.across.in * d_.down.in / height);
+    const int64_t row = std::max<int64_t>(1, places * d_.channels * y.element_size());
     const int64_t most = std::clamp(kUnitBytes / row, std::min(kFewestRows, height), height);
     rows_per_unit_ = ceil_div(height, ceil_div(height, most));
     pieces_ = ceil_div(height, rows_per_unit_);
@@ -88,25 +91,67 @@ class Grouped {
     return pixel_units(d_.channels, d_.across.out, units_, [&](int64_t u) { return row(u) * d_.across.out; });
   }
   // Tensors of y's shape that are read behind each unit; null ones are ignored.
-  void set_behind(std::array<const void*, 3> tensors) { std::copy(tensors.begin(), tensors.end(), d_.behind); }
+  void set_behind(std::array<const void*, 3> tensors) { behind_ = tensors; }
   bool is_split() const { return false; }
-  void unit(int64_t u) const {
-    const int thread = at::get_thread_num();
-    Progress& own = threads_[thread];
-    // Rows that the unit before has made are there only for the next one.
-    if (own.next_unit != u) own.made = {};
-    own.next_unit = u + 1;
-    rows_(d_, row(u), row(u + 1), aligned_ + thread * bytes_, own.made);
+  // Leaves in upcoming what the next unit needs and is to be fetched beside what follows, which takes so many cycles.
+  void unit(int64_t u, int64_t cycles, Upcoming& upcoming) const { compute({row(u), row(u + 1)}, cycles, upcoming); }
+  // Unit u piece by piece: take(first, last, upcoming) follows each, pixels of y, and takes cycles(pixels).
+  template <class Cycles, class Take>
+  void unit_in_pieces(int64_t u, Cycles cycles, Take take) const {
+    const int64_t width = d_.across.out, step = std::max<int64_t>(1, kPieceElements / (width * d_.channels));
+    for (int64_t begin = row(u); begin < row(u + 1); begin += step) {
+      const RowRange rows = {begin, std::min(row(u + 1), begin + step)};
+      Upcoming upcoming;
+      compute(rows, cycles((rows.end - rows.begin) * width), upcoming);
+      take(rows.begin * width, rows.end * width, upcoming);
+    }
   }
   void all() const {
     at::parallel_for(0, units_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) unit(u);
+      for (int64_t u = begin; u < end; ++u) {
+        Upcoming upcoming;
+        unit(u, 0, upcoming);
+      }
     });
   }
 
  private:
   // The first row of a unit, counted over the images.
   int64_t row(int64_t unit) const { return unit / pieces_ * d_.down.out + std::min(d_.down.out, unit % pieces_ * rows_per_unit_); }
+
+  // Rows of y within one image, counted over the images; in upcoming is then what as many behind them need.
+  void compute(RowRange rows, int64_t cycles, Upcoming& upcoming) const {
+    const int thread = at::get_thread_num();
+    Progress& own = threads_[thread];
+    // Rows of x that were made for those before are there only for the next ones.
+    if (own.next_row != rows.begin) own.made = {};
+    own.next_row = rows.end;
+    upcoming = needed({rows.end, std::min(rows.end + (rows.end - rows.begin), row(units_))});
+    upcoming.spread(d_.cycles(rows.end - rows.begin), cycles);
+    rows_(d_, rows.begin, rows.end, aligned_ + thread * bytes_, own.made, upcoming);
+  }
+  // Rows of x that these rows of y read and the ones before them have not.
+  RowRange read_by(RowRange rows) const {
+    const auto image = [&](int64_t r) { return r / d_.down.out * d_.down.in; };
+    const int64_t first = rows.begin % d_.down.out, last = rows.end - 1;
+    const int64_t begin = std::max(d_.down.first(first), first > 0 ? d_.down.last(first - 1) + 1 : 0);
+    return {image(rows.begin) + begin, image(last) + d_.down.last(last % d_.down.out) + 1};
+  }
+  // What these rows read from memory and write.
+  Upcoming needed(RowRange rows) const {
+    Upcoming result;
+    if (rows.begin == rows.end) return result;
+    const RowRange read = read_by(rows);
+    const auto add = [&](const void* tensor, RowRange of, int64_t width) {
+      const int64_t bytes = width * d_.channels * y.element_size();
+      if (tensor) result.add(static_cast<const char*>(tensor) + of.begin * bytes, (of.end - of.begin) * bytes);
+    };
+    add(d_.y, rows, d_.across.out);
+    for (const void* tensor : behind_) add(tensor, rows, d_.across.out);
+    add(d_.source ? d_.source->reads(0) : d_.x, read, d_.across.in);
+    if (d_.source) add(d_.source->reads_too(0), read, d_.across.in);
+    return result;
+  }
 
   void find_runs() {
     const GroupedSide& across = d_.across;
@@ -130,12 +175,13 @@ class Grouped {
   }
 
   struct Progress {
-    int64_t next_unit = -1;
+    int64_t next_row = -1;
     MadeRows made;
   };
 
   GroupedConv d_ = {};
-  void (*rows_)(const GroupedConv&, int64_t, int64_t, void*, MadeRows&);
+  void (*rows_)(const GroupedConv&, int64_t, int64_t, void*, MadeRows&, Upcoming&);
+  std::array<const void*, 3> behind_ = {};
   mutable std::vector<Progress> threads_;
   std::vector<GroupedRun> runs_;
   Tensor x_, taps_, bias_, scratch_;

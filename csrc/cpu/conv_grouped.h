@@ -61,13 +61,18 @@ struct GroupedConv {
   GroupedSide down, across;
   const GroupedRun* runs;   // all of a row
   int64_t run_count;
-  const void* behind[3];      // tensors of y's shape that are read behind these rows, or null
+
+  // About how many cycles so many rows take, but for making x.
+  int64_t cycles(int64_t rows) const {
+    const int64_t blocks = (across.out * channels + 15) / 16, taps = down.kernel * across.kernel * width;
+    return rows * blocks * taps * 5 / 8 / (down.phases() * across.phases());
+  }
 };
 
 struct GroupedKernels {
   // The rows [begin, end) of y, counted over n and oh. scratch: with a source, reach rows of x behind its granularity() pixels, of
-  // which `made` says what they hold.
-  void (*rows)(const GroupedConv&, int64_t begin, int64_t end, void* scratch, MadeRows& made);
+  // which `made` says what they hold. upcoming: fetched meanwhile.
+  void (*rows)(const GroupedConv&, int64_t begin, int64_t end, void* scratch, MadeRows& made, Upcoming& upcoming);
 };
 
 }  // namespace bnfast

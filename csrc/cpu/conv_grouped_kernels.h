@@ -20,9 +20,6 @@ constexpr int together(int width) {
   return BNFAST_VECTOR_BYTES == 64 ? 8 : width == 1 ? 4 : BNFAST_VECTOR_BYTES == 32 ? 2 : 1;
 }
 
-// Calls of RunsAhead::line() beside a tap of so many outputs.
-constexpr int lines_per_tap(int width, int outputs) { return width == 1 ? std::max(1, outputs / 2) : width; }
-
 // The taps of an output, each with the input that it meets.
 template <class T>
 struct MetTaps {
@@ -79,7 +76,7 @@ BNFAST_INLINE void grouped_tile(const MetTaps<T>& met, int64_t all_channels, int
       const T* x = met.x[i] + offset + c;
       const acc_t<T>* tap = met.tap[i] + c;
       if constexpr (kWidth == 1) {
-        for (int l = 0; l < lines_per_tap(1, kCount); ++l) ahead.line();
+        ahead.line();
         const B factor = load(tap, lanes);
         for (int o = 0; o < kCount; ++o) sum[o] = fma(load(x + o * x_step, lanes), factor, sum[o]);
       } else {
@@ -123,34 +120,19 @@ BNFAST_INLINE void grouped_run(const MetTaps<T>& met, int64_t all_channels, int6
 }
 
 template <int kWidth, class T>
-void grouped_rows_of(const GroupedConv& d, int64_t begin, int64_t end, void* scratch, MadeRows& made) {
+void grouped_rows_of(const GroupedConv& d, int64_t begin, int64_t end, void* scratch, MadeRows& made, Upcoming& upcoming) {
   using A = acc_t<T>;
   const GroupedSide &down = d.down, &across = d.across;
   const int64_t channels = d.channels, phases = across.phases(), x_step = across.advance() * channels, y_step = phases * channels;
   InputRows<T> input(d.x, d.source, channels, down.in, across.in, down.reach(), scratch, made);
-  const int64_t in_bytes = across.in * channels * sizeof(T), out_bytes = across.out * channels * sizeof(T);
   constexpr int kTogether = together(kWidth);
   constexpr int64_t kAtOnce = std::min(kChannelsAtOnce, kTapsAtOnce / kWidth);
-  const int64_t tiles = (across.out + kTogether - 1) / kTogether * ((channels + kBlock - 1) / kBlock);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / down.out, h = row % down.out;
     const T* lines[kMostTaps];
     input.make(image, down.first(h), down.last(h));
     for (int64_t k = 0; k < down.kernel; ++k) lines[k] = input(image, down.place(h, k));
-    // What the next row of the image reads and writes, and what is read behind this one.
-    Run runs[6];
-    int run_count = 0;
-    const auto fetch = [&](const void* tensor, int64_t first, int64_t count, int64_t bytes) {
-      if (tensor && count > 0) runs[run_count++] = {static_cast<const char*>(tensor) + first * bytes, count * bytes};
-    };
-    if (h + 1 < down.out) {
-      const int64_t next = down.last(h) + 1, count = down.last(h + 1) - down.last(h), at = image * down.in + next;
-      fetch(d.source ? d.source->reads(0) : d.x, at, count, in_bytes);
-      if (d.source) fetch(d.source->reads_too(0), at, count, in_bytes);
-      fetch(d.y, row + 1, 1, out_bytes);
-    }
-    for (const void* tensor : d.behind) fetch(tensor, row, 1, out_bytes);
-    RunsAhead ahead(runs, run_count, tiles * down.kernel * across.kernel * lines_per_tap(kWidth, kTogether) / (phases * phases));
+    RunsAhead ahead(&upcoming, &Upcoming::beside_product, kTogether * 0.625);   // see GroupedConv::cycles
     for (int64_t c = 0; c < channels; c += kAtOnce) {
       const int64_t width = std::min(kAtOnce, channels - c);
       const A* const bias = d.bias ? static_cast<const A*>(d.bias) + c : nullptr;
@@ -172,16 +154,16 @@ void grouped_rows_of(const GroupedConv& d, int64_t begin, int64_t end, void* scr
 }
 
 template <class T>
-void grouped_rows(const GroupedConv& d, int64_t begin, int64_t end, void* scratch, MadeRows& made) {
+void grouped_rows(const GroupedConv& d, int64_t begin, int64_t end, void* scratch, MadeRows& made, Upcoming& upcoming) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
     switch (d.width) {
-      case 2: return grouped_rows_of<2, T>(d, begin, end, scratch, made);
-      case 4: return grouped_rows_of<4, T>(d, begin, end, scratch, made);
-      case 8: return grouped_rows_of<8, T>(d, begin, end, scratch, made);
-      case 16: return grouped_rows_of<16, T>(d, begin, end, scratch, made);
+      case 2: return grouped_rows_of<2, T>(d, begin, end, scratch, made, upcoming);
+      case 4: return grouped_rows_of<4, T>(d, begin, end, scratch, made, upcoming);
+      case 8: return grouped_rows_of<8, T>(d, begin, end, scratch, made, upcoming);
+      case 16: return grouped_rows_of<16, T>(d, begin, end, scratch, made, upcoming);
     }
   }
-  grouped_rows_of<1, T>(d, begin, end, scratch, made);
+  grouped_rows_of<1, T>(d, begin, end, scratch, made, upcoming);
 }
 
 template <class T>

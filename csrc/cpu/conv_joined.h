@@ -3,6 +3,9 @@
 //   pixels()                its units as pixels of y (PixelUnits), or nothing where they cannot be reduced one by one
 //   is_split()              whether a unit cannot be computed alone
 //   unit(u), all()          computes one unit, or everything on all threads
+// or, in place of unit(u),
+//   unit(u, cycles, upcoming)   leaves in upcoming what is fetched beside what follows, which takes so many cycles
+//   unit_in_pieces(u, cycles, take)   the same where what follows takes piece by piece
 //   set_behind(tensors)     optional: tensors of y's shape that are read behind each unit
 #pragma once
 
@@ -27,6 +30,18 @@ std::optional<PixelUnits> pixel_units(int64_t channels, int64_t out_width, int64
   return result;
 }
 
+// Computes unit u, the pixels [begin, end), and take(first, last, upcoming) of them, which takes cycles(pixels).
+template <class Conv, class Cycles, class Take>
+void unit_then(const Conv& conv, int64_t u, int64_t begin, int64_t end, Cycles cycles, Take take) {
+  if constexpr (requires { conv.unit_in_pieces(u, cycles, take); }) {
+    conv.unit_in_pieces(u, cycles, take);
+  } else {
+    Upcoming nothing;
+    conv.unit(u);
+    take(begin, end, nothing);
+  }
+}
+
 // bn_fwd_reduce of the result. Returns z, mean, rstd.
 template <class Conv>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced_behind(const Conv& conv, OptionalTensor running_mean, OptionalTensor running_var,
@@ -37,8 +52,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced_behind(const Conv& conv, 
   const bool at_once = !units || conv.is_split() || conv.y.size(1) == 1;
   if (at_once && conv.y.numel() > 0) conv.all();
   auto [mean, rstd] = bn_fwd_reduce_behind(
-      conv.y, units ? &*units : nullptr, [&](int64_t unit, int64_t, int64_t) { if (!at_once) conv.unit(unit); }, running_mean,
-      running_var, num_batches_tracked, momentum, eps);
+      conv.y, units ? &*units : nullptr,
+      [&](int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming) {
+        if (at_once) return;
+        const int64_t cycles = (end - begin) * conv.y.size(1) / 16 * kFwdReduceCycles;
+        if constexpr (requires { conv.unit(unit, cycles, upcoming); }) conv.unit(unit, cycles, upcoming);
+        else conv.unit(unit);
+      },
+      running_mean, running_var, num_batches_tracked, momentum, eps);
   return {conv.y, mean, rstd};
 }
 
@@ -58,8 +79,8 @@ at::Tensor applied_behind(Conv& conv, const at::Tensor& mean, const at::Tensor& 
   if constexpr (requires { conv.set_behind(behind.reads()); }) conv.set_behind(behind.reads());
   at::parallel_for(0, static_cast<int64_t>(units->borders.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      conv.unit(u);
-      behind.take(units->borders[u], units->borders[u + 1]);
+      unit_then(conv, u, units->borders[u], units->borders[u + 1], [](int64_t) { return 0; },
+                [&](int64_t first, int64_t last, Upcoming&) { behind.take(first, last); });
     }
   });
   return conv.y;
@@ -77,8 +98,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dgrad_red
     if (at_once) conv.all();
     at::parallel_for(0, behind.units(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
-        if (!at_once) conv.unit(u);
-        behind.take(u, behind.begin(u), behind.end(u));
+        const auto take = [&](int64_t first, int64_t last, Upcoming& upcoming) { behind.take(u, first, last, &upcoming); };
+        Upcoming nothing;
+        if (at_once) take(behind.begin(u), behind.end(u), nothing);
+        else unit_then(conv, u, behind.begin(u), behind.end(u), [&](int64_t pixels) { return behind.cycles(pixels); }, take);
       }
     });
   }

@@ -19,7 +19,6 @@ using at::Tensor;
 constexpr int64_t kRowGroup = 12;         // of the widest kernel
 constexpr int64_t kChunkFloats = 49152;   // of x and y that pass through the L2 cache together
 constexpr int64_t kUnitFloats = 262144;   // ... in one unit of work
-constexpr int kMostRuns = 6;              // that are fetched for a chunk
 constexpr int64_t kSpreadBytes = 131072;  // of dx in one unit of work
 constexpr int64_t kAlignment = 16;        // of scratch memory, in floats
 
@@ -62,36 +61,42 @@ struct Product {
   // Tensors of y's shape that are read after each chunk; null ones are ignored.
   void set_behind(std::array<const void*, 3> tensors) { behind_ = tensors; }
 
-  // y of the rows [from, to), one chunk of [from, end), for the blocks [first, last), while the next chunk is fetched.
-  // made: x of this chunk, where a source makes it.
-  void rows(int64_t from, int64_t to, int64_t end, int64_t first, int64_t last, const PixelSource* source = nullptr,
-            const float* made = nullptr) const {
-    PointwiseConv p = conv;
-    p.x = made ? made : conv.x + from * conv.channels;
-    p.y = conv.y + from * conv.out_channels;
-    p.rows = to - from;
-    p.rows_below = conv.rows - to;
-    Run runs[kMostRuns];
+  // What is needed behind the rows [from, to), of those up to `end`, while they are multiplied and reduced, which takes `cycles`. source: of x.
+  Upcoming upcoming(int64_t from, int64_t to, int64_t end, int64_t cycles, const PixelSource* source = nullptr) const {
+    Upcoming result;
     const int64_t next = std::min(chunk, end - to);
-    const auto add = [&](const void* from_next, int64_t floats_per_row) {
-      if (from_next && next > 0) runs[p.upcoming_count++] = {from_next, next * floats_per_row * static_cast<int64_t>(sizeof(float))};
+    const auto add = [&](const void* at, int64_t floats_per_row) {
+      result.add(at, next * floats_per_row * static_cast<int64_t>(sizeof(float)));
     };
-    add(source ? source->reads(to) : conv.x + to * conv.channels, conv.channels);
-    if (source) add(source->reads_too(to), conv.channels);
+    const PointwiseConv p = part(from, to);
     if (!p.is_near()) add(conv.y + to * conv.out_channels, conv.out_channels);
     for (const void* tensor : behind_) {
       if (tensor) add(static_cast<const float*>(tensor) + to * conv.out_channels, conv.out_channels);
     }
-    p.upcoming = runs;
+    add(source ? source->reads(to) : conv.x + to * conv.channels, conv.channels);
+    if (source) add(source->reads_too(to), conv.channels);
+    result.spread(p.cycles(), cycles);
+    return result;
+  }
+
+  // y of the rows [from, to) for the blocks [first, last). made: x of these rows, where a source makes it.
+  void rows(int64_t from, int64_t to, int64_t first, int64_t last, Upcoming& upcoming, const float* made = nullptr) const {
+    PointwiseConv p = part(from, to);
+    if (made) p.x = made;
+    p.upcoming = &upcoming;
     cpu_capability().pointwise.product(p, first, last);
   }
 
-  // ... of all chunks of [begin, end).
-  void rows(int64_t begin, int64_t end, int64_t first, int64_t last) const {
-    for (int64_t from = begin; from < end; from += chunk) rows(from, std::min(end, from + chunk), end, first, last);
+ private:
+  PointwiseConv part(int64_t from, int64_t to) const {
+    PointwiseConv p = conv;
+    if (p.x) p.x += from * conv.channels;
+    p.y += from * conv.out_channels;
+    p.rows = to - from;
+    p.rows_below = conv.rows - to;
+    return p;
   }
 
- private:
   std::array<const void*, 3> behind_ = {};
 };
 
@@ -120,8 +125,12 @@ void all_rows(const Product& product) {
   const int64_t pieces = ceil_div(blocks, blocks_per_unit);
   at::parallel_for(0, units.count * pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = u / pieces * units.each, block = u % pieces * blocks_per_unit;
-      product.rows(row, std::min(rows, row + units.each), block, std::min(blocks, block + blocks_per_unit));
+      const int64_t row = u / pieces * units.each, block = u % pieces * blocks_per_unit, last = std::min(rows, row + units.each);
+      for (int64_t from = row; from < last; from += product.chunk) {
+        const int64_t to = std::min(last, from + product.chunk);
+        Upcoming upcoming = product.upcoming(from, to, last, 0);
+        product.rows(from, to, block, std::min(blocks, block + blocks_per_unit), upcoming);
+      }
     }
   });
 }
@@ -157,7 +166,8 @@ Tensor pointwise_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rs
     const int64_t end = std::min(rows, last * units.each);
     for (int64_t from = first * units.each; from < end; from += product.chunk) {
       const int64_t to = std::min(end, from + product.chunk);
-      product.rows(from, to, end, 0, product.blocks);
+      Upcoming upcoming = product.upcoming(from, to, end, 0);
+      product.rows(from, to, 0, product.blocks, upcoming);
       behind.take(from, to);
     }
   });
@@ -174,10 +184,10 @@ class Made {
     float* const first = memory_.mutable_data_ptr<float>() + source.granularity() * channels;
     to_ = first + (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 / sizeof(float);
   }
-  // y of the pixels [from, to), at most a chunk of [from, end).
-  void rows(const Product& product, int64_t from, int64_t to, int64_t end) const {
+  // y of the pixels [from, to), at most a chunk.
+  void rows(const Product& product, int64_t from, int64_t to, Upcoming& upcoming) const {
     source_.write_from(from, to, channels_, to_);
-    product.rows(from, to, end, 0, product.blocks, &source_, to_);
+    product.rows(from, to, 0, product.blocks, upcoming, to_);
   }
 
  private:
@@ -201,11 +211,16 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_fwd_reduce(
   else product.set_x(x);
   auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
       product.y, nullptr,
-      [&](int64_t, int64_t begin, int64_t end) {
-        if (!source) return product.rows(begin, end, 0, product.blocks);
-        const Made made(*source, product.chunk, x.size(1), product.y);
+      [&](int64_t, int64_t begin, int64_t end, Upcoming& upcoming) {
+        std::optional<Made> made;
+        if (source) made.emplace(*source, product.chunk, x.size(1), product.y);
         for (int64_t from = begin; from < end; from += product.chunk) {
-          made.rows(product, from, std::min(end, from + product.chunk), end);
+          const int64_t to = std::min(end, from + product.chunk);
+          // The thread that reduces these goes on with those behind them.
+          const int64_t behind = to == end ? (end - begin) * out_channels / kPointwiseLanes * kFwdReduceCycles : 0;
+          upcoming = product.upcoming(from, to, product.conv.rows, behind, source ? &*source : nullptr);
+          if (made) made->rows(product, from, to, upcoming);
+          else product.rows(from, to, 0, product.blocks, upcoming);
         }
       },
       running_mean, running_var, num_batches_tracked, momentum, eps);
@@ -229,7 +244,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_bwd_reduce_apply_dgrad(
       const Made made(dz, product.chunk, channels, z);
       const int64_t end = std::min(rows, last * units.each);
       for (int64_t from = first * units.each; from < end; from += product.chunk) {
-        made.rows(product, from, std::min(end, from + product.chunk), end);
+        const int64_t to = std::min(end, from + product.chunk);
+        Upcoming upcoming = product.upcoming(from, to, end, 0, &dz);
+        made.rows(product, from, to, upcoming);
       }
     });
   };
@@ -266,9 +283,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
       for (int64_t u = first; u < last; ++u) {
         for (int64_t from = behind.begin(u); from < behind.end(u); from += product.chunk) {
           const int64_t to = std::min(behind.end(u), from + product.chunk);
-          if (made) made->rows(product, from, to, end);
-          else product.rows(from, to, end, 0, product.blocks);
-          behind.take(u, from, to);
+          Upcoming upcoming = product.upcoming(from, to, end, behind.cycles(to - from), source ? &*source : nullptr);
+          if (made) made->rows(product, from, to, upcoming);
+          else product.rows(from, to, 0, product.blocks, upcoming);
+          behind.take(u, from, to, &upcoming);
         }
       }
     });

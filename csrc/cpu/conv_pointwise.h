@@ -21,11 +21,13 @@ struct PointwiseConv {
   float* y;
   int64_t rows, channels, out_channels;
   int64_t rows_below;        // of y behind these
-  const Run* upcoming;       // what the caller needs next, fetched into the cache meanwhile
-  int upcoming_count;
+  Upcoming* upcoming;        // what the caller needs next, fetched into the cache meanwhile
 
   // Whether the weights stay in the L1 cache beside a tile of rows; then y is fetched by the kernel, tile by tile.
   bool is_near() const { return blocks(out_channels) * channels * kPointwiseLanes <= kNearFloats; }
+
+  // About how many the product takes.
+  int64_t cycles() const { return rows * channels * blocks(out_channels) / 2; }
 
   static int64_t blocks(int64_t count) { return (count + kPointwiseLanes - 1) / kPointwiseLanes; }
 };

@@ -36,7 +36,7 @@ void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t
 
 inline void pointwise_product(const PointwiseConv& d, int64_t first, int64_t last) {
   const int64_t panels = (last - first + kWideBlocks - 1) / kWideBlocks;
-  RunsAhead ahead(d.upcoming, d.upcoming_count, panels * d.channels * std::max<int64_t>(1, d.rows / kWideRows));
+  RunsAhead ahead(d.upcoming, &Upcoming::beside_product, kWideRows * std::min<int64_t>(kWideBlocks, last - first) / 2);
   const auto panel = [&](int64_t from, int64_t to, int64_t block) {
     const auto of = [&](auto blocks) {
       const int64_t lanes = d.out_channels - (block + blocks - 1) * kBlock;

@@ -2,7 +2,10 @@
 // out of the cache. float32 or bfloat16 in channels_last: a pixel is C neighbouring elements, pixels are counted over n and the plane.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "../activation.h"
 
 namespace bnfast {
 
@@ -11,6 +14,37 @@ struct Run {
   const void* begin;
   int64_t bytes;
 };
+
+// What will be needed soon, fetched by the phases of a piece of work one after the other, each taking up where the one before left off:
+// as fast as memory gives it beside a product, which reads from the L1 cache, then beside a reduction of the result. A burst would not come
+// sooner, and what a phase reads from end to end the prefetcher of the hardware brings while that phase computes.
+struct Upcoming {
+  static constexpr int kMost = 8;
+  static constexpr double kFastest = 4;   // bytes per cycle of one core, twice that beside a reduction, which is short
+  Run runs[kMost];
+  int count = 0, begun = 0;
+  int64_t bytes = 0;
+  const char *at = nullptr, *end = nullptr;   // of the run that is being fetched
+  double beside_product = 0, beside_reduction = 0;   // bytes per cycle
+
+  // Nothing where there is no such memory.
+  void add(const void* begin, int64_t size) {
+    if (!begin || size <= 0) return;
+    runs[count++] = {begin, size};
+    bytes += size;
+  }
+  // After all of it has been added.
+  void spread(int64_t product_cycles, int64_t reduction_cycles) {
+    const auto within = [](double left, double cycles) { return std::max(0.0, left) / std::max(1.0, cycles); };
+    const double all = static_cast<double>(bytes), product = static_cast<double>(product_cycles);
+    beside_product = std::min(kFastest, within(all, product));
+    beside_reduction = std::min(2 * kFastest, within(all - beside_product * product, static_cast<double>(reduction_cycles)));
+  }
+};
+
+// Cycles of reductions, about, for 16 elements that are in the cache.
+constexpr int64_t kFwdReduceCycles = 6;
+constexpr int64_t bwd_reduce_cycles(Act act) { return act == Act::kSilu || act == Act::kHardswish ? 24 : 8; }
 
 // How far the rows of an image have been made: the next one, of which image.
 struct MadeRows {
