@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kRowGroup = 12;         // of the widest kernel
-constexpr int64_t kChunkFloats = 49152;   // of x and y that pass through the L2 cache together
+constexpr int64_t kChunkFloats = 28672;   // of x and y that pass through the L2 cache together
 constexpr int64_t kUnitFloats = 262144;   // ... in one unit of work
 constexpr int64_t kSpreadBytes = 131072;  // of dx in one unit of work
 constexpr int64_t kAlignment = 16;        // of scratch memory, in floats
