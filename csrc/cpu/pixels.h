@@ -21,7 +21,7 @@ struct Run {
 struct Upcoming {
   static constexpr int kMost = 8;
   static constexpr double kFastest = 4;   // bytes per cycle of one core, twice that beside a reduction, which is short
-  Run runs[kMost];
+  Run runs[kMost] = {};
   int count = 0, begun = 0;
   int64_t bytes = 0;
   const char *at = nullptr, *end = nullptr;   // of the run that is being fetched

@@ -1,7 +1,8 @@
 // A Block: 16 lanes of float or double in the machine's own vectors (one AVX-512 register, two AVX2, four SSE or NEON).
 //
 // All kernels compute on Blocks, in the same order on every instruction set, and the build has -ffp-contract=off: one
-// machine's bits are another's (but for sigmoid, and for subnormal bf16, which AVX512_BF16 stores as zeros). Loads and stores convert
+// machine's bits are another's (but for sigmoid and sums of products, which take fma where there is one, and for subnormal bf16, which
+// AVX512_BF16 stores as zeros). Loads and stores convert
 // f16 and bf16 (round to nearest even). Included once per capability, inside its own namespace and its own target pragma;
 // BNFAST_VECTOR_BYTES is the width of a register, BNFAST_ROUNDS_BF16 says that it is rounded to bf16 by an instruction.
 #pragma once
