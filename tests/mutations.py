@@ -916,13 +916,6 @@ MUTATIONS = [
         "if (rows.end < row(u + 1) || begin == row(u)) take(rows.begin * width, rows.end * width, upcoming);",
     ),
     Mutation(
-        "conv_fwd_reduce",
-        "joined: rows made for another piece are taken for its own",
-        GROUPED_OPERATORS,
-        "if (own.next_row != rows.begin) own.made = {};",
-        "",
-    ),
-    Mutation(
         "conv_dgrad",
         "joined: what else flows in is forgotten",
         KERNELS,
