@@ -2,9 +2,9 @@
 //
 // All kernels compute on Blocks, in the same order on every instruction set, and the build has -ffp-contract=off: one
 // machine's bits are another's (but for sigmoid and sums of products, which take fma where there is one, and for subnormal bf16, which
-// AVX512_BF16 stores as zeros). Loads and stores convert
-// f16 and bf16 (round to nearest even). Included once per capability, inside its own namespace and its own target pragma;
-// BNFAST_VECTOR_BYTES is the width of a register, BNFAST_ROUNDS_BF16 says that it is rounded to bf16 by an instruction.
+// AVX512_BF16 stores as zeros). Loads and stores convert f16 and bf16 (round to nearest even). Included once per capability, inside its
+// own namespace and its own target pragma; BNFAST_VECTOR_BYTES is the width of a register, BNFAST_ROUNDS_BF16 says that it is rounded to
+// bf16 by an instruction.
 #pragma once
 
 #include <cmath>
@@ -436,7 +436,7 @@ BNFAST_INLINE FloatVec exp_of_minus(FloatVec x) {
   return (FloatVec)((FloatMask)e + (FloatMask)((Words)shifted << 23));
 }
 
-// 1 / (1 + exp(-x)) to about 2 ulp. The one function whose bits depend on the instruction set: fma and division differ.
+// 1 / (1 + exp(-x)) to about 2 ulp. Its bits depend on the instruction set: fma and division differ.
 BNFAST_INLINE Block<float> sigmoid(const Block<float>& x) {
   return Block<float>::make([&](int p) BNFAST_INLINE_LAMBDA {
     const FloatVec s = reciprocal(exp_of_minus(x.part[p]) + 1.0f);
