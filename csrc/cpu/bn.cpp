@@ -1079,13 +1079,13 @@ int64_t BehindDgrad::cycles(int64_t pixels) const {
   return s.z.defined() ? ceil_div(pixels * s.layout.channels, kBlockLanes) * bwd_reduce_cycles(s.tensors.act) : 0;
 }
 
-void BehindDgrad::take(int64_t unit, int64_t first, int64_t last, Upcoming* upcoming) const {
+void BehindDgrad::take(int64_t unit, int64_t first, int64_t last, Upcoming& upcoming) const {
   const State& s = *state_;
   const RowSpan span = {s.units.length, first * s.layout.channels, last * s.layout.channels};
   if (s.z.defined()) {
     if (first == begin(unit)) std::fill(s.part(unit), s.part(unit) + 3 * s.units.length, 0.0f);
     BnTensors t = s.tensors;
-    t.upcoming = upcoming;
+    t.upcoming = &upcoming;
     s.kernels.bwd_join_rows(t, span, s.part(unit));
   } else if (s.add.defined()) {
     s.kernels.add_rows(s.tensors, span);

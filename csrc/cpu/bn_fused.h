@@ -153,7 +153,7 @@ class BehindDgrad {
   int64_t granularity() const;         // pixels: what is taken begins at a multiple of it
   int64_t cycles(int64_t pixels) const;
   // Takes the pixels [first, last) of a unit, which have been written: the unit from its beginning to its end by one thread.
-  void take(int64_t unit, int64_t first, int64_t last, Upcoming* upcoming = nullptr) const;
+  void take(int64_t unit, int64_t first, int64_t last, Upcoming& upcoming) const;
   // dgamma and dbeta of the unit below and of the one beside it, empty where there is none; when all units have been taken.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sums() const;
 

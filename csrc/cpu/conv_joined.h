@@ -98,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dgrad_red
     if (at_once) conv.all();
     at::parallel_for(0, behind.units(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
-        const auto take = [&](int64_t first, int64_t last, Upcoming& upcoming) { behind.take(u, first, last, &upcoming); };
+        const auto take = [&](int64_t first, int64_t last, Upcoming& upcoming) { behind.take(u, first, last, upcoming); };
         Upcoming nothing;
         if (at_once) take(behind.begin(u), behind.end(u), nothing);
         else unit_then(conv, u, behind.begin(u), behind.end(u), [&](int64_t pixels) { return behind.cycles(pixels); }, take);

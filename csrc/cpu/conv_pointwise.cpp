@@ -286,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_dgrad_reduce(
           Upcoming upcoming = product.upcoming(from, to, end, behind.cycles(to - from), source ? &*source : nullptr);
           if (made) made->rows(product, from, to, upcoming);
           else product.rows(from, to, 0, product.blocks, upcoming);
-          behind.take(u, from, to, &upcoming);
+          behind.take(u, from, to, upcoming);
         }
       }
     });

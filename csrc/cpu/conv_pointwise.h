@@ -26,7 +26,7 @@ struct PointwiseConv {
   // Whether the weights stay in the L1 cache beside a tile of rows; then y is fetched by the kernel, tile by tile.
   bool is_near() const { return blocks(out_channels) * channels * kPointwiseLanes <= kNearFloats; }
 
-  // About how many the product takes.
+  // About how many cycles the product takes.
   int64_t cycles() const { return rows * channels * blocks(out_channels) / 2; }
 
   static int64_t blocks(int64_t count) { return (count + kPointwiseLanes - 1) / kPointwiseLanes; }

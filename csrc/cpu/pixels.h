@@ -16,8 +16,8 @@ struct Run {
 };
 
 // What will be needed soon, fetched by the phases of a piece of work one after the other, each taking up where the one before left off:
-// as fast as memory gives it beside a product, which reads from the L1 cache, then beside a reduction of the result. A burst would not come
-// sooner, and what a phase reads from end to end the prefetcher of the hardware brings while that phase computes.
+// as fast as memory gives it beside a product, which reads from the L1 cache, then beside a reduction of the result. What is left then, an
+// elementwise phase that reads from end to end fetches itself.
 struct Upcoming {
   static constexpr int kMost = 8;
   static constexpr double kFastest = 4;   // bytes per cycle of one core, twice that beside a reduction, which is short

@@ -50,7 +50,7 @@ class RunsAhead {
   }
 
  private:
-  static constexpr int64_t kWidestPace = 128;   // lines come in pairs
+  static constexpr int64_t kWidestPace = 128;   // bytes
   static constexpr char kNowhere = 0;
 
   struct Place {
