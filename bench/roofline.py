@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from bench import cases, floors, timing
+from bnfast import winograd
 
-# Products of Winograd's form over those of the direct form, by the stride (bnfast/winograd.py).
-WINOGRAD = {1: 36 / (16 * 9), 2: 81 / (16 * 9)}
+# Products of Winograd's form over those of the direct form, by the stride and the outputs of a tile along a side (bnfast/winograd.py).
+WINOGRAD = {(1, 4): 36 / (16 * 9), (1, 6): 64 / (36 * 9), (2, 4): 81 / (16 * 9)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,13 @@ def convolutions(network: str, size: int) -> tuple[Conv, ...]:
             and module.groups == 1
             and tuple(module.kernel_size) == (3, 3)
             and tuple(module.dilation) == (1, 1)
-            and len(set(module.stride)) == 1
-            and module.stride[0] in WINOGRAD
+            and module.stride in ((1, 1), (2, 2))
         )
-        share = WINOGRAD[module.stride[0]] if can_be_used else 1.0
+        share = 1.0
+        if can_be_used:
+            k, c, stride = *module.weight.shape[:2], module.stride[0]
+            tile = winograd.tile(torch.float32, c, k, out.shape[2:], stride)
+            share = WINOGRAD[stride, tile]
         elements = [math.prod(t.shape[1:]) for t in (args[0], out)]
         found.append(Conv(elements[1] * per_output, *elements, share))
 

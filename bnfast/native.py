@@ -63,7 +63,7 @@ def _pooled(kernel):
 @_pooled
 def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = _winograd_weight(weight, stride, x.dtype)
+        turned = _winograd_weight(weight, stride, padding, x)
         return torch.ops.bnfast.winograd_conv.default(
             x, turned, bias, weight.shape[0], padding, stride[0]
         )
@@ -173,22 +173,26 @@ def _tuned(way, pays, x, weight, output, geometry):
     return pays if found is None else found == way
 
 
-def _winograd_weight(weight, stride, dtype):
-    """For an input of this dtype, to which the weight is rounded."""
+def _winograd_weight(weight, stride, padding, x):
+    """For an input like x, to whose dtype the weight is rounded."""
+    output = winograd.output_size(x.shape[2:], stride, padding)
+    tile = winograd.tile(x.dtype, weight.shape[1], weight.shape[0], output, stride[0])
     return weights.transformed(
         weight,
-        ("winograd", stride[0], dtype),
-        lambda w: winograd.transformed_weight(w.to(dtype), stride[0]),
+        ("winograd", stride[0], tile, x.dtype),
+        lambda w: winograd.transformed_weight(w.to(x.dtype), stride[0], tile),
     )
 
 
-def _rotated_winograd_weight(weight, stride, dtype):
+def _rotated_winograd_weight(weight, stride, input_size, dz):
     """Of the data gradient: a convolution with the kernel rotated and its channels exchanged."""
-    return weights.transformed(
-        weight,
-        ("winograd rotated", stride[0], dtype),
-        lambda w: winograd.transformed_weight(w.to(dtype).flip(2, 3).transpose(0, 1), stride[0]),
-    )
+    tile = winograd.tile(dz.dtype, weight.shape[0], weight.shape[1], input_size, stride[0])
+
+    def rotated(w):
+        turned = w.to(dz.dtype).flip(2, 3).transpose(0, 1)
+        return winograd.transformed_weight(turned, stride[0], tile)
+
+    return weights.transformed(weight, ("winograd rotated", stride[0], tile, dz.dtype), rotated)
 
 
 def _pointwise_weight(weight):
@@ -252,7 +256,7 @@ def conv_fwd_apply(x, weight, bias, stride, padding, dilation, groups, *norm):
             x, *norm, taps, bias, stride, padding, dilation
         )
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = _winograd_weight(weight, stride, x.dtype)
+        turned = _winograd_weight(weight, stride, padding, x)
         return torch.ops.bnfast.winograd_fwd_apply.default(
             x, *norm, turned, bias, weight.shape[0], padding, stride[0]
         )
@@ -271,7 +275,7 @@ def ways() -> tuple | None:
     tuned = tuning.in_force()
     if tuned is None:
         return None
-    modes = (winograd.mode, pointwise.mode, dot.mode, grouped.mode, _chains)
+    modes = (winograd.mode, winograd.tile_mode, pointwise.mode, dot.mode, grouped.mode, _chains)
     return modes, winograd.conv_precision(), torch._C._get_mkldnn_enabled(), tuned
 
 
@@ -331,7 +335,7 @@ def bn_fwd_apply_residual_conv_fwd_reduce(
     *stats,
 ):  # fmt: skip
     """See reference.bn_fwd_apply_residual_conv_fwd_reduce, for what `joins_residual` says yes to."""
-    turned = _winograd_weight(weight, stride, z.dtype)
+    turned = _winograd_weight(weight, stride, padding, z)
     rest = (weight.shape[0], padding, stride[0], *stats)
     return torch.ops.bnfast.winograd_residual_fwd_reduce.default(
         z, *norm, residual, act, slope, want_bits, turned, bias, *rest
@@ -379,7 +383,7 @@ def _conv_fwd_reduce_joined(
             x, *norm, taps, bias, stride, padding, dilation, *stats
         )
     if _runs_as_winograd(x, weight, stride, padding, dilation, groups):
-        turned = _winograd_weight(weight, stride, x.dtype)
+        turned = _winograd_weight(weight, stride, padding, x)
         return torch.ops.bnfast.winograd_fwd_reduce.default(
             x, *norm, turned, bias, count, padding, stride[0], *stats
         )
@@ -442,7 +446,7 @@ def bn_bwd_apply_conv_dgrad_reduce(
             dy, *state, above_act, above_slope, packed, channels, *rest
         )
     else:
-        turned = _rotated_winograd_weight(weight, stride, dy.dtype)
+        turned = _rotated_winograd_weight(weight, stride, input_size, dy)
         dx, *sums = torch.ops.bnfast.winograd_dgrad_reduce.default(
             dy,
             *state,
@@ -478,7 +482,7 @@ def _conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if layout == torch.channels_last and _dgrad_runs_as_winograd(
         dz, weight, input_size, stride, padding, dilation, groups
     ):
-        turned = _rotated_winograd_weight(weight, stride, dz.dtype)
+        turned = _rotated_winograd_weight(weight, stride, input_size, dz)
         dx = torch.ops.bnfast.winograd_dgrad.default(
             dz, turned, weight.shape[1], input_size, padding, stride[0]
         )

@@ -1,8 +1,9 @@
 """Winograd's form for frozen 3x3 weights: the transform that is taken once, and when the form is used.
 
 A tile of outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (arXiv 1509.09308). Stride 1: F(4x4, 3x3) with the points
-0, 1, -1, 2, -2 and infinity, 36 products in place of 144. Stride 2: the two outer taps through 0, 1, -1, 2 and infinity, the middle one
-directly, 81 products in place of 144 (csrc/cpu/conv_winograd.h). The kernels are in csrc/cpu/conv_winograd_kernels.h.
+0, 1, -1, 2, -2 and infinity, 36 products in place of 144, or F(6x6, 3x3) with 1/2 and -1/2 beside them, 64 in place of 324. Stride 2:
+the two outer taps through 0, 1, -1, 2 and infinity, the middle one directly, 81 products in place of 144 (csrc/cpu/conv_winograd.h).
+The kernels are in csrc/cpu/conv_winograd_kernels.h.
 """
 
 import functools
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By the stride.
+# By the stride and the outputs of a tile along a side.
 _G = {
-    1: (
+    (1, 4): (
         (1 / 4, 0, 0),
         (-1 / 6, -1 / 6, -1 / 6),
         (-1 / 6, 1 / 6, -1 / 6),
@@ -24,7 +25,17 @@ _G = {
         (1 / 24, -1 / 12, 1 / 6),
         (0, 0, 1),
     ),
-    2: (
+    (1, 6): (
+        (-1, 0, 0),
+        (-2 / 9, -2 / 9, -2 / 9),
+        (-2 / 9, 2 / 9, -2 / 9),
+        (1 / 90, 1 / 45, 2 / 45),
+        (1 / 90, -1 / 45, 2 / 45),
+        (32 / 45, 16 / 45, 8 / 45),
+        (32 / 45, -16 / 45, 8 / 45),
+        (0, 0, 1),
+    ),
+    (2, 4): (
         (1 / 2, 0, 0),
         (-1 / 2, 0, -1 / 2),
         (-1 / 6, 0, 1 / 6),
@@ -36,11 +47,16 @@ _G = {
 _LANES = 16
 # Products per output and pair of channels, of 9 in the direct form, by the stride; this form is no gain beyond it.
 _MOST_PRODUCTS = {1: 4.5, 2: 5.5}
+# Tiles of 6 x 6 outputs take fewer products and 64 values of each weight in place of 36: they pay where that saves so much of the products,
+# these are most of the work, and what a unit of tiles reads and writes still stays in the cache. Weights, and places of the output.
+_LEAST_SAVED, _WIDE_WEIGHTS, _MOST_WIDE_PLACES = 0.1, range(128 * 128, 256 * 256 + 1), 32 * 32
 # In bfloat16 by the capability. The form is computed in float32; where bfloat16 is multiplied, twice as fast by vectors and many times by
 # matrices, `dot` is the other way.
 _MOST_PRODUCTS_BF16 = {"avx512_bf16": {1: 3.15, 2: 0.0}, "amx": {1: 0.0, 2: 0.0}}
 # BNFAST_WINOGRAD: "0" turns the form off, "1" uses it wherever it can be used. Read once: it is asked for at every call of a unit.
 mode = os.environ.get("BNFAST_WINOGRAD", "")
+# BNFAST_WINOGRAD_TILE: "4" or "6", the outputs of a tile along a side wherever both can be had.
+tile_mode = os.environ.get("BNFAST_WINOGRAD_TILE", "")
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # the property below takes many times as long
     conv_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
 else:
@@ -50,17 +66,37 @@ else:
         return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", None)
 
 
-def transformed_weight(weight: Tensor, stride: int = 1) -> Tensor:
-    """G w G^T of weight [K, C, 3, 3], taken in float64, as float32 [36, ceil(K / 16), C, 16] with zeros behind channel K."""
-    points = torch.tensor(_G[stride], dtype=torch.float64, device=weight.device)
+def transformed_weight(weight: Tensor, stride: int = 1, tile: int = 4) -> Tensor:
+    """G w G^T of weight [K, C, 3, 3] for tiles of tile x tile outputs (6: stride 1 alone), taken in float64, as float32
+    [36 (tile 6: 64), ceil(K / 16), C, 16] with zeros behind channel K."""
+    points = torch.tensor(_G[stride, tile], dtype=torch.float64, device=weight.device)
     out_channels, channels = weight.shape[:2]
     blocks = math.ceil(out_channels / _LANES)
-    result = torch.empty(36, blocks, channels, _LANES, device=weight.device)
+    result = torch.empty(len(points) ** 2, blocks, channels, _LANES, device=weight.device)
     # Block by block: in float64 the whole would take eight times the weight.
     for block, part in enumerate(weight.split(_LANES)):
         wide = torch.einsum("ai,kcij,bj->abck", points, part.double(), points)
         result[:, block] = F.pad(wide.flatten(0, 1), (0, _LANES - part.shape[0]))
     return result
+
+
+def tile(
+    dtype: torch.dtype,
+    channels: int,
+    out_channels: int,
+    output: Sequence[int],
+    stride: int,
+) -> int:
+    """Outputs of a tile along a side, 4 or 6, for a convolution of C = channels to K = out_channels that makes planes of (OH, OW). 6 for
+    float32 and stride 1 alone, there by BNFAST_WINOGRAD_TILE or the fixed rule."""
+    if stride != 1 or dtype != torch.float32 or tile_mode == "4":
+        return 4
+    if tile_mode == "6":
+        return 6
+    if channels * out_channels not in _WIDE_WEIGHTS or math.prod(output) > _MOST_WIDE_PLACES:
+        return 4
+    products = {t: math.prod(_products_of_side(n, stride, t) for n in output) for t in (4, 6)}
+    return 6 if products[6] <= (1 - _LEAST_SAVED) * products[4] else 4
 
 
 def is_forced() -> bool:
@@ -168,9 +204,9 @@ def _pays(
     return few and channels >= 16 <= out_channels and capability != "baseline"
 
 
-def _products_of_side(outputs: int, stride: int) -> int:
-    """Of tiles of 4 outputs and a shorter one."""
-    tiles, rest = divmod(outputs, 4)
+def _products_of_side(outputs: int, stride: int, tile: int = 4) -> int:
+    """Of whole tiles and a shorter one; of 6 outputs 5 are taken as 6."""
+    tiles, rest = divmod(outputs, tile)
     if stride == 1:
-        return 6 * tiles + (rest + 2 if rest else 0)
+        return (tile + 2) * tiles + (8 if rest == 5 else rest + 2 if rest else 0)
     return 9 * tiles + (2 * rest + 1 if rest else 0)

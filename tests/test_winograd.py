@@ -31,6 +31,13 @@ def channels_last(*size: int, mean: float = 0.0) -> torch.Tensor:
     return (torch.randn(size) + mean).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(params=["4", "6"])
+def tile(request, monkeypatch):
+    """Outputs of a tile along a side, where the stride is 1."""
+    monkeypatch.setattr(winograd, "tile_mode", request.param)
+    return int(request.param)
+
+
 def frozen(out_channels: int, channels: int) -> torch.Tensor:
     return torch.randn(out_channels, channels, 3, 3) / math.sqrt(9 * channels)
 
@@ -59,6 +66,7 @@ SIZES = dict(
 @given(**SIZES)
 def test_both_directions_on_random_shapes(
     everywhere,
+    tile,
     batch,
     channels,
     out_channels,
@@ -100,7 +108,7 @@ def test_both_directions_on_random_shapes(
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thread_count_does_not_change_a_bit(everywhere, threads, stride):
+def test_thread_count_does_not_change_a_bit(everywhere, tile, threads, stride):
     x, weight, step = channels_last(2, 96, 15, 9), frozen(160, 96), [stride, stride]
 
     def results():
@@ -110,11 +118,20 @@ def test_thread_count_does_not_change_a_bit(everywhere, threads, stride):
     assert_bits_of_any_number_of_threads(threads, results)
 
 
+@pytest.mark.parametrize("channels", [65, 128, 272])
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_sums_over_many_channels(everywhere, tile, channels, mean):
+    x, weight = channels_last(2, channels, 16, 18, mean=mean), frozen(40, channels)
+    y = native.conv_forward(x, weight, None, ONES, ONES, ONES, 1)
+    oracle, stock = F.conv2d(x.double(), weight.double(), padding=1), F.conv2d(x, weight, padding=1)
+    assert_close_as_winograd(y, oracle, [stock], "y")
+
+
 @pytest.mark.parametrize("batch, size", [(3, 7), (20, 9)])
-def test_threads_that_share_weights_change_no_bit(batch, size):
+def test_threads_that_share_weights_change_no_bit(tile, batch, size):
     """Few pixels of many channels: the weights are the most of what is read, and each thread takes its part of them."""
     x, weight = channels_last(batch, 144, size, size, mean=1.0), frozen(256, 144)
-    turned = winograd.transformed_weight(weight)
+    turned = winograd.transformed_weight(weight, tile=tile)
     stats = (None, None, None, 0.1, 1e-5)
     norm, behind = torch.rand(4, 144) + 0.5, torch.rand(4, 256) + 0.5
     z, below = channels_last(batch, 144, size, size), channels_last(batch, 256, size, size)
@@ -201,6 +218,22 @@ def test_the_choice(monkeypatch):
     assert not serves(x)
 
 
+def test_the_choice_of_the_tile(monkeypatch):
+    monkeypatch.setattr(winograd, "tile_mode", "")
+
+    def tile(channels=128, size=(14, 14), stride=1, dtype=torch.float32):
+        return winograd.tile(dtype, channels, channels, size, stride)
+
+    assert tile() == tile(256) == tile(size=(32, 32)) == tile(size=(6, 6)) == 6
+    assert tile(64) == tile(512) == 4, "products are not the most of the work, or weights are"
+    assert tile(size=(8, 8)) == tile(size=(7, 7)) == 4, "as many products"
+    assert tile(size=(56, 56)) == tile(stride=2) == tile(dtype=torch.bfloat16) == 4
+    monkeypatch.setattr(winograd, "tile_mode", "6")
+    assert tile(3, (8, 8)) == 6 and tile(stride=2) == tile(dtype=torch.bfloat16) == 4
+    monkeypatch.setattr(winograd, "tile_mode", "4")
+    assert tile() == 4
+
+
 @pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision"),
     reason="this PyTorch has no precision setting for convolutions",
@@ -215,7 +248,7 @@ def test_ieee_precision_turns_it_off(monkeypatch):
         torch.backends.mkldnn.conv.fp32_precision = before
 
 
-def test_transformed_weights_follow_the_weight(everywhere):
+def test_transformed_weights_follow_the_weight(everywhere, tile):
     x, weight = channels_last(1, 16, 8, 8), frozen(16, 16)
 
     def run():
@@ -223,7 +256,7 @@ def test_transformed_weights_follow_the_weight(everywhere):
 
     bnfast.clear_cache()
     first = run()
-    assert cache_bytes() == 36 * 16 * 16 * 4
+    assert cache_bytes() == (tile + 2) ** 2 * 16 * 16 * 4
     for change in (
         lambda: weight.mul_(2),
         lambda: weight.data.mul_(2),
@@ -254,6 +287,14 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.bnfast.winograd_conv(
             arguments["x"], weights, arguments["bias"], 3, arguments["padding"], arguments["stride"]
+        )
+
+
+def test_wide_tiles_of_bfloat16_are_refused():
+    weights = winograd.transformed_weight(torch.randn(3, 4, 3, 3), tile=6)
+    with pytest.raises(RuntimeError, match="float32 is needed"):
+        torch.ops.bnfast.winograd_conv(
+            torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16), weights, None, 3, ONES, 1
         )
 
 
@@ -372,6 +413,7 @@ def conditions(x, weights, vectors, strides, act: str, dy) -> tuple[float, list[
     height=st.integers(1, 13),
     width=st.integers(1, 13),
     strides=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
+    tile=st.sampled_from(["4", "6"]),
     act=st.sampled_from(["identity", "silu"]),
     kind=st.sampled_from(
         ["normal", "off centre", "tiny", "huge", "half zeros", "heavy tails", "one outlier", "dead channels"]
@@ -379,13 +421,14 @@ def conditions(x, weights, vectors, strides, act: str, dy) -> tuple[float, list[
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_units_are_within_eight_times_of_stock_pytorch(
-    everywhere, batch, channels, between, out_channels, height, width, strides, act, kind, seed
-):
+    everywhere, monkeypatch, batch, channels, between, out_channels, height, width, strides, tile, act, kind, seed
+):  # fmt: skip
     """Two units, joined: every result's error against float64 is at most 8 times that of the worse stock layout, or 1e-5 times its
     size and the conditioning of the normalisations where that is more."""
     out = [-(-n // max(strides)) for n in (height, width)]
     if batch * math.prod(out) < 4:
         return
+    monkeypatch.setattr(winograd, "tile_mode", tile)
     torch.manual_seed(seed)
     x = of_kind(kind, (batch, channels, height, width))
     weights = [frozen(between, channels), frozen(out_channels, between)]

@@ -16,7 +16,7 @@ void pointwise_panel(const PointwiseConv& d, int64_t begin, int64_t end, int64_t
   const float* weights = d.weights + block * d.channels * kBlock;
   const auto tile = [&](auto rows, int64_t r) BNFAST_INLINE_LAMBDA {
     float* y = d.y + r * d.out_channels + block * kBlock;
-    multiply<rows, kBlocks>(d.x + r * d.channels, d.channels, weights, d.channels, ahead,
+    multiply<rows, kBlocks>(d.x + r * d.channels, d.channels, weights, d.channels * kBlock, d.channels, ahead,
                             [&](auto i, auto b, FloatBlock sum) BNFAST_INLINE_LAMBDA {
       if (d.bias) sum = sum + load_block(d.bias + (block + b) * kBlock);
       float* to = y + i * d.out_channels + b * kBlock;

@@ -42,14 +42,15 @@ int64_t outputs_of(int64_t inputs, int64_t padding, int64_t stride) {
 
 // Where a convolution's tiles lie.
 struct Geometry {
+  using Kernel = WinogradKernels::TileRows WinogradKernels::*;
   WinogradForm form;
-  WinogradKernels::TileRows WinogradKernels::*kernel;
+  Kernel kernel;
   int64_t out_height, out_width, in_top, in_left, out_top, out_left;
 
-  static Geometry forward(const Tensor& x, at::IntArrayRef padding, int64_t stride) {
+  static Geometry forward(const Tensor& x, at::IntArrayRef padding, int64_t stride, const Tensor& weights) {
     check_sizes(x, padding, stride);
-    const Geometry g = {stride == 1 ? kSame : kHalved, stride == 1 ? &WinogradKernels::same : &WinogradKernels::halved,
-                        outputs_of(x.size(2), padding[0], stride), outputs_of(x.size(3), padding[1], stride),
+    const auto [form, kernel] = stride == 1 ? of_stride_1(weights) : std::pair(kHalved, &WinogradKernels::halved);
+    const Geometry g = {form, kernel, outputs_of(x.size(2), padding[0], stride), outputs_of(x.size(3), padding[1], stride),
                         -padding[0], -padding[1], 0, 0};
     TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding,
                 "; a kernel of 3 x 3 does not fit");
@@ -57,17 +58,27 @@ struct Geometry {
   }
 
   // Of the data gradient, whose output is of input_size.
-  static Geometry backward(const Tensor& dy, at::IntArrayRef input_size, at::IntArrayRef padding, int64_t stride) {
+  static Geometry backward(const Tensor& dy, at::IntArrayRef input_size, at::IntArrayRef padding, int64_t stride, const Tensor& weights) {
     check_sizes(dy, padding, stride);
     TORCH_CHECK(input_size.size() == 2 && outputs_of(input_size[0], padding[0], stride) == dy.size(2) &&
                     outputs_of(input_size[1], padding[1], stride) == dy.size(3) && dy.size(2) > 0 && dy.size(3) > 0,
                 "bnfast: dy is of shape ", dy.sizes(), " and input_size ", input_size, " with padding ", padding, " and stride ", stride,
                 "; the output size of that convolution is needed");
     const int64_t height = input_size[0], width = input_size[1];
-    if (stride == 1) return {kSame, &WinogradKernels::same, height, width, padding[0] - 2, padding[1] - 2, 0, 0};
+    if (stride == 1) {
+      const auto [form, kernel] = of_stride_1(weights);
+      return {form, kernel, height, width, padding[0] - 2, padding[1] - 2, 0, 0};
+    }
     // A tile begins at an odd place of the padded input, to which the middle tap of one dy contributes.
     const int64_t top = padding[0] % 2 - 1, left = padding[1] % 2 - 1;
     return {kDoubled, &WinogradKernels::doubled, height, width, (padding[0] + top - 1) / 2, (padding[1] + left - 1) / 2, top, left};
+  }
+
+ private:
+  // The tile that the weights were transformed for.
+  static std::pair<WinogradForm, Kernel> of_stride_1(const Tensor& weights) {
+    const bool is_wide = weights.dim() == 4 && weights.size(0) == kWide.matrices * kWide.matrices;
+    return is_wide ? std::pair(kWide, &WinogradKernels::wide) : std::pair(kSame, &WinogradKernels::same);
   }
 };
 
@@ -80,12 +91,13 @@ class Winograd {
   // x: of the input's sizes.
   Winograd(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, const Geometry& geometry) {
     blocks_ = WinogradConv::blocks(out_channels);
-    TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat &&
-                    weights.sizes() == at::IntArrayRef({kWinogradMatrices, blocks_, x.size(1), kWinogradLanes}),
-                "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [36, ", blocks_, ", ", x.size(1),
-                ", 16] is needed");
     d_.form = geometry.form;
+    TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat &&
+                    weights.sizes() == at::IntArrayRef({d_.matrices(), blocks_, x.size(1), kWinogradLanes}),
+                "bnfast: weights are ", weights.scalar_type(), " ", weights.sizes(), "; float32 [", d_.matrices(), ", ", blocks_, ", ",
+                x.size(1), ", 16] is needed");
     kernel_ = cpu_capability().winograd[static_cast<int>(dtype_of(x))].*geometry.kernel;
+    TORCH_CHECK(kernel_, "bnfast: weights are of tiles of 6 x 6 and x is ", x.scalar_type(), "; float32 is needed");
     element_ = x.element_size();
     d_.channels = x.size(1);
     d_.out_channels = out_channels;
@@ -151,7 +163,7 @@ class Winograd {
  private:
   void cut() {
     const int64_t threads = at::get_num_threads();
-    const int64_t weights = kWinogradMatrices * d_.channels * blocks_ * kWinogradLanes * kFloat;
+    const int64_t weights = d_.matrices() * d_.channels * blocks_ * kWinogradLanes * kFloat;
     weights_are_near_ = weights <= kWeightsNear;
     d_.fetches_weights = !weights_are_near_;
     const int64_t moved = element_ * y.size(0) * (d_.height * d_.width * d_.channels + d_.out_height * d_.out_width * d_.out_channels);
@@ -258,7 +270,7 @@ class Winograd {
 Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
                      at::IntArrayRef padding, int64_t stride) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride, weights));
   conv.set_input(x);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
@@ -267,7 +279,7 @@ Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTenso
 Tensor winograd_dgrad(const Tensor& dy, const Tensor& weights, int64_t in_channels, at::IntArrayRef input_size,
                       at::IntArrayRef padding, int64_t stride) {
   const PoolScope pooled;
-  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride));
+  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride, weights));
   conv.set_input(dy);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
@@ -279,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_fwd_reduce(
     at::IntArrayRef padding, int64_t stride, OptionalTensor running_mean, OptionalTensor running_var,
     OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride, weights));
   std::optional<Normalised> source;
   if (mean) conv.set_input(source.emplace(x, mean, rstd, gamma, beta, act, slope));
   else conv.set_input(x);
@@ -292,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_residual_fwd_reduce(
     int64_t out_channels, at::IntArrayRef padding, int64_t stride, OptionalTensor running_mean, OptionalTensor running_var,
     OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride, weights));
   const Kept source(x, mean, rstd, gamma, beta, residual, act, slope, want_bits);
   if (x.size(3) % source.granularity() == 0) {
     conv.set_input(source);
@@ -309,7 +321,7 @@ Tensor winograd_fwd_apply(const Tensor& x, const Tensor& mean, const Tensor& rst
                           const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef padding,
                           int64_t stride) {
   const PoolScope pooled;
-  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride));
+  Winograd conv(x, weights, bias, out_channels, Geometry::forward(x, padding, stride, weights));
   conv.set_input(x);
   return applied_behind(conv, mean, rstd, gamma, beta, residual, act, slope);
 }
@@ -323,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
     const OptionalTensor& beta_below, c10::string_view act_below, double slope_below, const OptionalTensor& z_beside,
     const OptionalTensor& mean_beside, const OptionalTensor& rstd_beside) {
   const PoolScope pooled;
-  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride));
+  Winograd conv(dy, weights, std::nullopt, in_channels, Geometry::backward(dy, input_size, padding, stride, weights));
   check_above(z, mean, rstd, dgamma, dbeta);
   std::optional<Dz> source;
   if (z) conv.set_input(source.emplace(dy, *z, *mean, *rstd, gamma, beta, *dgamma, *dbeta, act, slope));

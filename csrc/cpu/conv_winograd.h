@@ -2,12 +2,13 @@
 //
 // A tile of the output is computed from the tile of the input that it depends on,
 //   y = A^T [ sum over channels of (G w G^T) * (B^T x B) ] A
-// G w G^T is taken once, because w is frozen: 36 values in each form. Along one side:
+// G w G^T is taken once, because w is frozen: 36 values, 64 in the wide form. Along one side:
 //   kSame     stride 1, F(4, 3): 4 outputs from 6 places through the points 0, 1, -1, 2, -2 and infinity.
+//   kWide     stride 1, F(6, 3): 6 outputs from 8 places through these points, 1/2 and -1/2.
 //   kHalved   stride 2: y[k] = x[2k] w0 + x[2k+1] w1 + x[2k+2] w2. The even places are F(4, 2) with the taps w0 and w2 through the points
 //             0, 1, -1, 2 and infinity; the odd places are multiplied with w1 as they are. 4 outputs from 9 places, 9 products.
 //   kDoubled  the data gradient of kHalved: 8 outputs, every second one of them F(4, 2), the others one product each, from 5 places.
-// A^T and B^T are spelled out in conv_winograd_kernels.h. Products per tile and pair of channels: 36 of 144, and 81 of 144.
+// A^T and B^T are spelled out in conv_winograd_kernels.h. Products per tile and pair of channels: 36 of 144, 64 of 324, and 81 of 144.
 //
 // Where the outputs are no multiple of a tile's, the last tile of a side is short: for fewer outputs fewer points do, some of the same,
 // and so of the same transformed weights. Kept are infinity and the first of the list.
@@ -19,22 +20,24 @@
 
 namespace bnfast {
 
-constexpr int kWinogradMatrices = 36;   // of transformed weights, 6 along each side
 constexpr int kWinogradRowGroup = 4;    // tiles of a scratch buffer are a multiple of this
 constexpr int kWinogradLanes = 16;      // channels of a block of transformed weights
 
 // A form along one side.
 struct WinogradForm {
   int in, in_step;     // places of the input that a tile depends on, and from one tile to the next
-  int points;          // values of a transformed tile: one for each of the first five matrices, the others share the sixth
+  int points;          // values of a transformed tile: one for each matrix, the last of which has all that are left
   int out;             // outputs of a tile
+  int matrices;        // of transformed weights
 
-  // Of a tile with only so many outputs: those that are taken through points, and those of one product each.
-  constexpr int through_points(int outputs) const { return out == 8 ? outputs / 2 : outputs; }
-  constexpr int direct(int outputs) const { return points == 6 ? 0 : out == 8 ? (outputs + 1) / 2 : outputs; }
+  constexpr bool is_strided() const { return points > matrices; }
+  // Of a tile with only so many outputs: those that are taken through points, and those of one product each. Five of six, which would
+  // need a transform of their own, are taken as six.
+  constexpr int through_points(int outputs) const { return out == 8 ? outputs / 2 : out == 6 && outputs == 5 ? 6 : outputs; }
+  constexpr int direct(int outputs) const { return !is_strided() ? 0 : out == 8 ? (outputs + 1) / 2 : outputs; }
   // Whether it has this value.
   constexpr bool has(int outputs, int value) const {
-    const int through = through_points(outputs), infinity = points == 6 ? 5 : 4, taps = points == 6 ? 3 : 2;
+    const int through = through_points(outputs), infinity = is_strided() ? 4 : points - 1, taps = is_strided() ? 2 : 3;
     if (value > infinity) return value - 5 < direct(outputs);
     return through > 0 && (value == infinity || value < through + taps - 2);
   }
@@ -44,10 +47,10 @@ struct WinogradForm {
     return count;
   }
 };
-constexpr WinogradForm kSame = {6, 4, 6, 4}, kHalved = {9, 8, 9, 4}, kDoubled = {5, 4, 9, 8};
+constexpr WinogradForm kSame = {6, 4, 6, 4, 6}, kWide = {8, 6, 8, 6, 8}, kHalved = {9, 8, 9, 4, 6}, kDoubled = {5, 4, 9, 8, 6};
 
 // x [N, H, W, C] and y [N, OH, OW, K], channels_last, both of the kernels' dtype; the tiles of one row of tiles are neighbours.
-// weights [36, ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
+// weights [matrices^2, ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
 struct WinogradConv {
   WinogradForm form;
   const void* x;              // or null:
@@ -68,9 +71,10 @@ struct WinogradConv {
 
   static int64_t blocks(int64_t count) { return (count + kWinogradLanes - 1) / kWinogradLanes; }
   int64_t points() const { return form.points * form.points; }
+  int64_t matrices() const { return form.matrices * form.matrices; }
   // Floats of the transformed values, [tiles, columns] for each point, those of one matrix together. The odd block behind each
   // keeps the values of one place, written together, from falling into the same set of the L1 cache.
-  int64_t values(int64_t columns) const { return points() * tiles * columns + kWinogradMatrices * kWinogradLanes; }
+  int64_t values(int64_t columns) const { return points() * tiles * columns + matrices() * kWinogradLanes; }
   int64_t input_columns() const { return blocks(channels) * kWinogradLanes; }
   int64_t panel_columns() const { return panel * kWinogradLanes; }
   // Rows of x that are made: those of a row of tiles, behind room for what a source writes in front of them.
@@ -84,12 +88,12 @@ struct WinogradConv {
   }
 };
 
-// float32 and bfloat16, else null. Between the loads and the stores everything is float32.
+// float32 and bfloat16 (wide: float32), else null. Between the loads and the stores everything is float32.
 struct WinogradKernels {
   // y of the rows of tiles [begin, end), counted over images, for the blocks [first, last) of output channels.
   // scratch: scratch_floats() floats, 64-byte aligned, of any content.
   using TileRows = void (*)(const WinogradConv&, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch);
-  TileRows same, halved, doubled;
+  TileRows same, wide, halved, doubled;
 };
 
 }  // namespace bnfast

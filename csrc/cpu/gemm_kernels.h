@@ -23,9 +23,9 @@ BNFAST_INLINE void unrolled(F f) {
 using FloatBlock = Block<float>;
 
 // Calls put(row, block, sum) with each FloatBlock of [kRows, kBlocks * 16] = v [kRows, channels] times kBlocks blocks of weights
-// [channels, 16]; one block follows the other.
+// [channels, 16], one block weights_step floats behind the other.
 template <int kRows, int kBlocks, class A, class F>
-BNFAST_INLINE void multiply(const float* v, int64_t v_step, const float* weights, int64_t channels, A& ahead, F put) {
+BNFAST_INLINE void multiply(const float* v, int64_t v_step, const float* weights, int64_t weights_step, int64_t channels, A& ahead, F put) {
   constexpr int kParts = FloatBlock::kParts, kLanes = FloatBlock::kLanes;
   constexpr int kPointers = (kRows + 3) / 4;   // one for four rows: the next three are reached by addressing alone
   FloatBlock sums[kRows * kBlocks] = {};
@@ -38,7 +38,7 @@ BNFAST_INLINE void multiply(const float* v, int64_t v_step, const float* weights
     ahead.line();
     FloatVec w[kBlocks * kParts];
     unrolled<kBlocks * kParts>([&](auto i) BNFAST_INLINE_LAMBDA {
-      std::memcpy(&w[i], weights + i / kParts * channels * kBlock + i % kParts * kLanes, sizeof(FloatVec));
+      std::memcpy(&w[i], weights + i / kParts * weights_step + i % kParts * kLanes, sizeof(FloatVec));
     });
     unrolled<kRows>([&](auto r) BNFAST_INLINE_LAMBDA {
       const FloatVec value = broadcast(from[r / 4][r % 4 == 3 ? v_step3 : r % 4 * v_step]);
