@@ -16,8 +16,9 @@ from torch import nn
 from bench import cases, floors, timing
 from bnfast import winograd
 
-# Products of Winograd's form over those of the direct form, by the stride and the outputs of a tile along a side (bnfast/winograd.py).
-WINOGRAD = {(1, 4): 36 / (16 * 9), (1, 6): 64 / (36 * 9), (2, 4): 81 / (16 * 9)}
+# Products of Winograd's form per output and pair of channels, by the stride and the outputs of a tile along a side (bnfast/winograd.py): of 3x3
+# kernels, and of larger ones of stride 2, over blocks of four times the channels.
+WINOGRAD = {(1, 4): 36 / 16, (1, 6): 64 / 36, (2, 4): 81 / 16, (2, 5): 4 * 64 / 25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,19 @@ class Conv:
     winograd: float
 
 
+def winograd_share(conv: nn.Conv2d, x: torch.Tensor, out: torch.Tensor) -> float:
+    """The share of a convolution's products that Winograd's form takes, 1 where it cannot be used."""
+    kernel, stride = tuple(conv.kernel_size), conv.stride[0]
+    where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if winograd.serves_blocks(x, kernel, conv.out_channels, *where, "avx512"):
+        tile = 5
+    elif kernel == (3, 3) and (*where[2:], stride) in (((1, 1), 1, 1), ((1, 1), 1, 2)):
+        tile = winograd.tile(torch.float32, *conv.weight.shape[1::-1], out.shape[2:], stride)
+    else:
+        return 1.0
+    return WINOGRAD[stride, tile] / math.prod(kernel)
+
+
 @functools.cache
 def convolutions(network: str, size: int) -> tuple[Conv, ...]:
     """In the order of execution, of one image [3, size, size]."""
@@ -64,18 +78,7 @@ def convolutions(network: str, size: int) -> tuple[Conv, ...]:
 
     def saw(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         per_output = module.weight[0].numel()
-        can_be_used = (
-            isinstance(module, nn.Conv2d)
-            and module.groups == 1
-            and tuple(module.kernel_size) == (3, 3)
-            and tuple(module.dilation) == (1, 1)
-            and module.stride in ((1, 1), (2, 2))
-        )
-        share = 1.0
-        if can_be_used:
-            k, c, stride = *module.weight.shape[:2], module.stride[0]
-            tile = winograd.tile(torch.float32, c, k, out.shape[2:], stride)
-            share = WINOGRAD[stride, tile]
+        share = winograd_share(module, args[0], out) if isinstance(module, nn.Conv2d) else 1.0
         elements = [math.prod(t.shape[1:]) for t in (args[0], out)]
         found.append(Conv(elements[1] * per_output, *elements, share))
 

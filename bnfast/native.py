@@ -67,6 +67,11 @@ def _conv_forward(x, weight, bias, stride, padding, dilation, groups):
         return torch.ops.bnfast.winograd_conv.default(
             x, turned, bias, weight.shape[0], padding, stride[0]
         )
+    if _runs_as_blocks(x, weight, stride, padding, dilation, groups):
+        turned = _block_weight(weight, padding)
+        return torch.ops.bnfast.blocked_conv.default(
+            x, turned, bias, weight.shape[0], weight.shape[2:], padding
+        )
     if _runs_as_pointwise(x, weight, stride, padding, groups):
         packed = _pointwise_weight(weight)
         return torch.ops.bnfast.pointwise_conv.default(x, packed, bias, weight.shape[0])
@@ -110,6 +115,17 @@ def _runs_as_winograd(x, weight, stride, padding, dilation, groups):
         return False
     output = winograd.output_size(x.shape[2:], stride, padding)
     return _tuned("winograd", pays, x, weight, output, geometry)
+
+
+def _runs_as_blocks(x, weight, stride, padding, dilation, groups):
+    """A strided convolution of a few channels, as networks begin with, whose result is channels_last."""
+    return (
+        weight.dim() == 4
+        and torch.channels_last in (_memory_format(x), _memory_format(weight))
+        and winograd.serves_blocks(
+            x, weight.shape[2:], weight.shape[0], stride, padding, dilation, groups, _capability
+        )
+    )
 
 
 def _runs_as_pointwise(x, weight, stride, padding, groups):
@@ -181,6 +197,14 @@ def _winograd_weight(weight, stride, padding, x):
         weight,
         ("winograd", stride[0], tile, x.dtype),
         lambda w: winograd.transformed_weight(w.to(x.dtype), stride[0], tile),
+    )
+
+
+def _block_weight(weight, padding):
+    return weights.transformed(
+        weight,
+        ("winograd blocks", tuple(padding)),
+        lambda w: winograd.transformed_weight(winograd.block_weight(w.float(), padding), 2, 5),
     )
 
 
@@ -320,6 +344,15 @@ def bn_fwd_apply_conv_fwd_reduce(
     conv = (weight, bias, stride, padding, dilation, groups)
     if _joins(z, weight, stride, padding, dilation, groups):
         return _conv_fwd_reduce_joined(norm, act, slope, z, *conv, *stats)
+    if (
+        norm is None
+        and _is_eager(z)
+        and _runs_as_blocks(z, weight, stride, padding, dilation, groups)
+    ):
+        turned = _block_weight(weight, padding)
+        return torch.ops.bnfast.blocked_fwd_reduce.default(
+            z, turned, bias, weight.shape[0], weight.shape[2:], padding, *stats
+        )
     x = z if norm is None else bn_fwd_apply(z, *norm, None, act, slope, False)[0]
     z, mean, _, rstd = conv_fwd_reduce(x, *conv, *stats)
     return z, mean, rstd
@@ -892,6 +925,21 @@ def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride):
     )
 
 
+def _fake_blocked_conv(x, weights, bias, out_channels, kernel, padding):
+    sizes = [(n + 2 * p - k) // 2 + 1 for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)]
+    return torch.empty(
+        (x.shape[0], out_channels, *sizes),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _fake_blocked_fwd_reduce(x, weights, bias, out_channels, kernel, padding, *stats):
+    z = _fake_blocked_conv(x, weights, bias, out_channels, kernel, padding)
+    return z, *_fake_vectors(z, out_channels, 2)
+
+
 def _fake_conv_dgrad(dz, weight, input_size, stride, padding, dilation, groups):
     if weight.dim() == 2:
         return dz.new_empty((dz.shape[0], weight.shape[1]))
@@ -962,6 +1010,8 @@ if unavailable is None:
         ("pointwise_fwd_apply", _fake_fwd_apply(_fake_pointwise_conv)),
         ("pointwise_fwd_reduce", _fake_fwd_reduce(_fake_pointwise_conv, 0)),
         ("pointwise_dgrad_reduce", _fake_dgrad_reduce(_fake_pointwise_dgrad, 0)),
+        ("blocked_conv", _fake_blocked_conv),
+        ("blocked_fwd_reduce", _fake_blocked_fwd_reduce),
         ("winograd_conv", _fake_winograd_conv),
         ("winograd_fwd_apply", _fake_fwd_apply(_fake_winograd_conv)),
         ("winograd_fwd_reduce", _fake_fwd_reduce(_fake_winograd_conv, 2)),

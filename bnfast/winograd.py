@@ -1,12 +1,16 @@
-"""Winograd's form for frozen 3x3 weights: the transform that is taken once, and when the form is used.
+"""Winograd's form for frozen 3x3 weights, and for the strided stems of networks: the transform that is taken once, and when the form is used.
 
 A tile of outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A (arXiv 1509.09308). Stride 1: F(4x4, 3x3) with the points
 0, 1, -1, 2, -2 and infinity, 36 products in place of 144, or F(6x6, 3x3) with 1/2 and -1/2 beside them, 64 in place of 324. Stride 2:
 the two outer taps through 0, 1, -1, 2 and infinity, the middle one directly, 81 products in place of 144 (csrc/cpu/conv_winograd.h).
 The kernels are in csrc/cpu/conv_winograd_kernels.h.
+
+A larger kernel of stride 2 over few channels, as the 7x7 stem of ResNet and DenseNet: x as blocks of 2 x 2 places is an image with four times the
+channels, over which the kernel moves by one block and has at most 4 x 4 taps: F(5x5, 4x4), 64 products per channel of a block in place of 400.
 """
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -34,6 +38,17 @@ _G = {
         (32 / 45, 16 / 45, 8 / 45),
         (32 / 45, -16 / 45, 8 / 45),
         (0, 0, 1),
+    ),
+    # 4 taps, over blocks.
+    (2, 5): (
+        (-1, 0, 0, 0),
+        (-2 / 9, -2 / 9, -2 / 9, -2 / 9),
+        (-2 / 9, 2 / 9, -2 / 9, 2 / 9),
+        (1 / 90, 1 / 45, 2 / 45, 4 / 45),
+        (1 / 90, -1 / 45, 2 / 45, -4 / 45),
+        (32 / 45, 16 / 45, 8 / 45, 4 / 45),
+        (32 / 45, -16 / 45, 8 / 45, -4 / 45),
+        (0, 0, 0, 1),
     ),
     (2, 4): (
         (1 / 2, 0, 0),
@@ -67,8 +82,8 @@ else:
 
 
 def transformed_weight(weight: Tensor, stride: int = 1, tile: int = 4) -> Tensor:
-    """G w G^T of weight [K, C, 3, 3] for tiles of tile x tile outputs (6: stride 1 alone), taken in float64, as float32
-    [36 (tile 6: 64), ceil(K / 16), C, 16] with zeros behind channel K."""
+    """G w G^T of weight [K, C, 3, 3] for tiles of tile x tile outputs (6: stride 1 alone; 5: [K, C, 4, 4], of `block_weight`), taken in
+    float64, as float32 [36 (tiles 5 and 6: 64), ceil(K / 16), C, 16] with zeros behind channel K."""
     points = torch.tensor(_G[stride, tile], dtype=torch.float64, device=weight.device)
     out_channels, channels = weight.shape[:2]
     blocks = math.ceil(out_channels / _LANES)
@@ -78,6 +93,67 @@ def transformed_weight(weight: Tensor, stride: int = 1, tile: int = 4) -> Tensor
         wide = torch.einsum("ai,kcij,bj->abck", points, part.double(), points)
         result[:, block] = F.pad(wide.flatten(0, 1), (0, _LANES - part.shape[0]))
     return result
+
+
+def block_weight(weight: Tensor, padding: Sequence[int]) -> Tensor:
+    """The kernel [K, C, KH, KW] of a convolution of stride 2 as one over blocks of 2 x 2 places, [K, 4 C, 4, 4]: channels are those of a block's
+    places, the upper two first."""
+    out_channels, channels, *kernel = weight.shape
+    blocks = weight.new_zeros(out_channels, 2, 2, channels, 4, 4)
+    for i, j in itertools.product(*map(range, kernel)):
+        (down, lower), (across, right) = (
+            divmod(k - p + 2 * -(-p // 2), 2) for k, p in zip((i, j), padding, strict=True)
+        )
+        blocks[:, lower, right, :, down, across] = weight[:, :, i, j]
+    return blocks.flatten(1, 3)
+
+
+def can_serve_blocks(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether F(5x5, 4x4) over blocks of x [N, C, H, W] gives the convolution: float32, stride 2, kernels beyond 3x3 that reach over at most 4
+    blocks."""
+    return (
+        x.dtype == torch.float32
+        and groups == 1
+        and max(kernel) > 3
+        and tuple(stride) == (2, 2)
+        and tuple(dilation) == (1, 1)
+        and min(padding) >= 0
+        and conv_precision() != "ieee"
+        and all((k - 1 - p) // 2 - -p // 2 < 4 for k, p in zip(kernel, padding, strict=True))
+        and all(n + 2 * p >= k for n, k, p in zip(x.shape[2:], kernel, padding, strict=True))
+    )
+
+
+def serves_blocks(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    out_channels: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    capability: str,
+) -> bool:
+    """Whether the convolution of x [N, C, H, W] with K = out_channels runs in this form by the fixed rule: where the channels of a block fill at
+    most one vector, and at most half of the products are left. BNFAST_WINOGRAD as for 3x3 kernels."""
+    if mode == "0" or not can_serve_blocks(x, kernel, stride, padding, dilation, groups):
+        return False
+    if mode == "1":
+        return True
+    if 4 * x.shape[1] > _LANES or out_channels < _LANES or capability == "baseline":
+        return False
+    outputs = [
+        (n + 2 * p - k) // 2 + 1 for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)
+    ]
+    products = 4 * math.prod(8 * math.ceil(n / 5) for n in outputs)
+    return 2 * products <= math.prod(kernel) * math.prod(outputs)
 
 
 def tile(

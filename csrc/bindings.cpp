@@ -105,6 +105,11 @@ TORCH_LIBRARY(bnfast, m) {
       "Tensor? mean_below, Tensor? rstd_below, Tensor? gamma_below, Tensor? beta_below, str act_below, float slope_below, "
       "Tensor? z_beside, Tensor? mean_beside, Tensor? rstd_beside) "
       "-> (Tensor dx, Tensor dgamma_below, Tensor dbeta_below, Tensor dgamma_beside, Tensor dbeta_beside)");
+  m.def("blocked_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] kernel, int[] padding) -> Tensor");
+  m.def(
+      "blocked_fwd_reduce(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] kernel, int[] padding, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> (Tensor z, Tensor mean, Tensor rstd)");
   m.def("winograd_conv(Tensor x, Tensor weights, Tensor? bias, SymInt out_channels, int[] padding, int stride) -> Tensor");
   m.def(
       "winograd_dgrad(Tensor dy, Tensor weights, SymInt in_channels, SymInt[] input_size, int[] padding, int stride) -> Tensor");

@@ -106,14 +106,141 @@ def test_both_directions_on_random_shapes(
     assert_close_as_winograd(dx, dx_oracle, [dx_stock], "dx")
 
 
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    out_channels=st.integers(2, 40),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    mean=st.sampled_from([0.0, 3.0, -100.0]),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_strided_stems_on_random_shapes(
+    everywhere, batch, channels, out_channels, size, kernel, padding, mean, has_bias, seed
+):
+    torch.manual_seed(seed)
+    x = channels_last(batch, channels, *size, mean=mean)
+    if not winograd.can_serve_blocks(x, kernel, (2, 2), padding, (1, 1), 1):
+        return
+    weight = torch.randn(out_channels, channels, *kernel) / math.sqrt(channels * math.prod(kernel))
+    bias = torch.randn(out_channels) if has_bias else None
+    oracle = F.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), 2, padding
+    )
+    if oracle.norm() == 0 or oracle.numel() == out_channels:
+        return  # padding alone; one value per channel
+    turned = winograd.transformed_weight(winograd.block_weight(weight, padding), 2, 5)
+    y = torch.ops.bnfast.blocked_conv(x, turned, bias, out_channels, kernel, padding)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close_as_winograd(y, oracle, [F.conv2d(x, weight, bias, 2, padding)], "y")
+    running = torch.zeros(out_channels), torch.ones(out_channels), torch.tensor(0)
+    z, m, rstd = torch.ops.bnfast.blocked_fwd_reduce(
+        x, turned, bias, out_channels, kernel, padding, *running, 0.1, 1e-5
+    )
+    assert_bit_equal(z, y, "z")
+    zd = z.double()
+    var = zd.var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(m.double(), zd.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rstd.double(), (var + 1e-5).rsqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(running[0].double(), 0.1 * m.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stem_is_a_unit_of_a_chain(monkeypatch):
+    """Conv, BatchNorm and max-pooling of a network's begin, and the operator that it comes to."""
+    monkeypatch.setattr(winograd, "mode", "")
+    x = channels_last(2, 3, 45, 38, mean=1.0)
+    weight = torch.randn(32, 3, 7, 7).contiguous(memory_format=torch.channels_last) / 12
+    gamma, beta = torch.rand(32) + 0.5, torch.randn(32)
+    called = []
+    run = torch.ops.bnfast.blocked_fwd_reduce.default
+
+    def saw(*args):
+        called.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(native.torch.ops.bnfast.blocked_fwd_reduce, "default", saw)
+    unit = ops.Unit(
+        weight, None, (2, 2), (3, 3), (1, 1), gamma=gamma, beta=beta, act="relu", running_mean=None,
+        running_var=None, pool=ops.MaxPool((3, 3), (2, 2), (1, 1)),
+    )  # fmt: skip
+    y = ops.frozen_conv_bn_act(x, [unit], "cpu")
+    assert len(called) == 1
+    z = F.conv2d(x.double(), weight.double(), None, 2, 3)
+    z = F.batch_norm(z, None, None, gamma.double(), beta.double(), True).relu()
+    oracle = F.max_pool2d(z, 3, 2, 1)
+    torch.testing.assert_close(y.double(), oracle, rtol=2e-5, atol=2e-5)
+
+
+def test_the_choice_of_stems(monkeypatch):
+    monkeypatch.setattr(winograd, "mode", "")
+    x = torch.empty(2, 3, 32, 32)
+
+    def serves(
+        x=x, kernel=(7, 7), out_channels=64, stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1,
+        capability="avx512",
+    ):  # fmt: skip
+        return winograd.serves_blocks(
+            x, kernel, out_channels, stride, padding, dilation, groups, capability
+        )
+
+    assert serves() and serves(kernel=(8, 8), padding=(4, 4))
+    assert serves(torch.empty(2, 3, 80, 80), kernel=(5, 5), padding=(2, 2))
+    assert not serves(x.double()) and not serves(x.bfloat16())
+    assert not serves(stride=(1, 1)) and not serves(stride=(2, 1)) and not serves(dilation=(2, 2))
+    assert not serves(kernel=(3, 3), padding=(1, 1)) and not serves(kernel=(8, 8))
+    assert not serves(kernel=(4, 4)), "too few products to save"
+    assert not serves(torch.empty(2, 5, 32, 32)) and not serves(out_channels=8)
+    assert not serves(x[..., :2, :2]), "most of a tile is empty"
+    assert not serves(capability="baseline")
+    monkeypatch.setattr(winograd, "mode", "1")
+    assert serves(torch.empty(2, 5, 32, 32)) and not serves(kernel=(3, 3), padding=(1, 1))
+    monkeypatch.setattr(winograd, "mode", "0")
+    assert not serves()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 3, 8)), "x is"),
+        (dict(x=torch.zeros(2, 3, 8, 8, dtype=torch.float64)), "float32"),
+        (dict(x=torch.zeros(2, 4, 8, 8)), "weights are"),
+        (dict(x=torch.zeros(2, 3, 0, 8)), "does not fit"),
+        (dict(kernel=[9, 7]), "kernel is"),
+        (dict(padding=[3]), "two values"),
+        (dict(padding=[-1, 3]), "padding"),
+        (dict(bias=torch.zeros(5)), "bias is"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_stems_that_do_not_fit_are_refused(change, message):
+    arguments = dict(x=torch.zeros(2, 3, 8, 8), bias=None, kernel=[7, 7], padding=[3, 3]) | change
+    weight = winograd.block_weight(torch.randn(6, 3, 7, 7), (3, 3))
+    weights = winograd.transformed_weight(weight, 2, 5)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bnfast.blocked_conv(
+            arguments["x"], weights, arguments["bias"], 6, arguments["kernel"], arguments["padding"]
+        )
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_count_does_not_change_a_bit(everywhere, tile, threads, stride):
     x, weight, step = channels_last(2, 96, 15, 9), frozen(160, 96), [stride, stride]
 
+    stem_x, stem = channels_last(2, 3, 60, 62), torch.randn(40, 3, 7, 7)
+
     def results():
         y = native.conv_forward(x, weight, None, step, ONES, ONES, 1)
-        return y, native.conv_dgrad(y, weight, [15, 9], step, ONES, ONES, 1)
+        first = native.conv_forward(stem_x, stem, None, [2, 2], [3, 3], ONES, 1)
+        return first, y, native.conv_dgrad(y, weight, [15, 9], step, ONES, ONES, 1)
 
     assert_bits_of_any_number_of_threads(threads, results)
 

@@ -1,4 +1,5 @@
-// 3x3 convolutions of stride 1 and 2 in Winograd's form as operators: alone, and with the BatchNorm phases in front of it and behind it.
+// 3x3 convolutions of stride 1 and 2 in Winograd's form as operators, alone and with the BatchNorm phases in front of it and behind it;
+// and kernels of up to 8 x 8 with stride 2 and few input channels, the stems of networks, which need no data gradient.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -74,7 +75,26 @@ struct Geometry {
     return {kDoubled, &WinogradKernels::doubled, height, width, (padding[0] + top - 1) / 2, (padding[1] + left - 1) / 2, top, left};
   }
 
+  // Of a kernel of up to 8 x 8 with stride 2, over x as blocks.
+  static Geometry blocked(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef padding) {
+    TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "bnfast: x is ", x.scalar_type(), " ", x.sizes(),
+                "; float32 [N, C, H, W] is needed");
+    TORCH_CHECK(kernel.size() == 2 && padding.size() == 2, "bnfast: kernel is ", kernel, " and padding ", padding,
+                "; two values each are needed");
+    int64_t first[2], outputs[2];   // the first block that an output reads, from the one at its own place
+    for (int i = 0; i < 2; ++i) {
+      first[i] = floor_half(-padding[i]);
+      TORCH_CHECK(kernel[i] >= 1 && padding[i] >= 0 && floor_half(kernel[i] - 1 - padding[i]) - first[i] < kBlocked.taps,
+                  "bnfast: kernel is ", kernel, " and padding ", padding, "; at most 4 blocks of 2 places are allowed");
+      outputs[i] = x.size(2 + i) + 2 * padding[i] < kernel[i] ? 0 : (x.size(2 + i) + 2 * padding[i] - kernel[i]) / 2 + 1;
+    }
+    TORCH_CHECK(outputs[0] > 0 && outputs[1] > 0, "bnfast: x is of shape ", x.sizes(), " with padding ", padding, "; a kernel of ",
+                kernel, " does not fit");
+    return {kBlocked, &WinogradKernels::blocked, outputs[0], outputs[1], first[0], first[1], 0, 0};
+  }
+
  private:
+  static int64_t floor_half(int64_t value) { return value >> 1; }
   // The tile that the weights were transformed for.
   static std::pair<WinogradForm, Kernel> of_stride_1(const Tensor& weights) {
     const bool is_wide = weights.dim() == 4 && weights.size(0) == kWide.matrices * kWide.matrices;
@@ -267,6 +287,61 @@ class Winograd {
   bool weights_are_near_, is_shared_;
 };
 
+// x [N, C, H, W] as an image of blocks of 2 x 2 places: [N, ceil(H / 2), ceil(W / 2), 4 C], of a block first the upper two places. What lies
+// outside of x is zero.
+class Blocks final : public PixelSource {
+ public:
+  explicit Blocks(const Tensor& x)
+      : x_(x.contiguous(at::MemoryFormat::ChannelsLast)), channels_(x.size(1)), height_(x.size(2)), width_(x.size(3)) {}
+
+  // A tensor of the sizes of the image.
+  Tensor image() const {
+    return x_.new_empty({}).expand({x_.size(0), 4 * channels_, ceil_div(height_, 2), ceil_div(width_, 2)});
+  }
+  int64_t granularity() const override { return 1; }
+  int64_t element_bytes() const override { return kFloat; }
+  void write(int64_t begin, int64_t end, void* to) const override {
+    // Images have one channel or three.
+    switch (channels_) {
+      case 1: return copy<1>(begin, end, static_cast<float*>(to));
+      case 3: return copy<3>(begin, end, static_cast<float*>(to));
+      default: return copy<0>(begin, end, static_cast<float*>(to));
+    }
+  }
+  // Two rows of x are a row of blocks, one behind the other, where both sides are even.
+  const void* reads(int64_t begin) const override {
+    return height_ % 2 == 0 && width_ % 2 == 0 ? x_.const_data_ptr<float>() + begin * 4 * channels_ : nullptr;
+  }
+  const void* reads_too(int64_t) const override { return nullptr; }
+
+ private:
+  template <int kChannels>
+  void copy(int64_t begin, int64_t end, float* to) const {
+    const int64_t channels = kChannels > 0 ? kChannels : channels_, columns = ceil_div(width_, 2), rows = ceil_div(height_, 2);
+    const float* const x = x_.const_data_ptr<float>();
+    for (int64_t row = begin / columns; row * columns < end; ++row) {
+      const int64_t first = std::max(begin, row * columns) - row * columns, last = std::min(end, (row + 1) * columns) - row * columns;
+      const int64_t top = row % rows * 2;
+      for (int64_t half = 0; half < 2; ++half) {
+        const float* const line = x + ((row / rows * height_ + top + half) * width_) * channels;
+        float* out = to + half * 2 * channels;
+        for (int64_t column = first; column < last; ++column, out += 4 * channels) {
+          const int64_t there = top + half < height_ ? std::min<int64_t>(2, width_ - 2 * column) * channels : 0;
+          if (there == 2 * channels) {
+            for (int64_t i = 0; i < 2 * channels; ++i) out[i] = line[2 * column * channels + i];
+          } else {
+            for (int64_t i = 0; i < 2 * channels; ++i) out[i] = i < there ? line[2 * column * channels + i] : 0;
+          }
+        }
+      }
+      to += (last - first) * 4 * channels;
+    }
+  }
+
+  const Tensor x_;
+  int64_t channels_, height_, width_;
+};
+
 Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels,
                      at::IntArrayRef padding, int64_t stride) {
   const PoolScope pooled;
@@ -274,6 +349,29 @@ Tensor winograd_conv(const Tensor& x, const Tensor& weights, const OptionalTenso
   conv.set_input(x);
   if (conv.y.numel() > 0) conv.all();
   return conv.y;
+}
+
+Tensor blocked_conv(const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t out_channels, at::IntArrayRef kernel,
+                    at::IntArrayRef padding) {
+  const PoolScope pooled;
+  const Geometry geometry = Geometry::blocked(x, kernel, padding);
+  const Blocks source(x);
+  Winograd conv(source.image(), weights, bias, out_channels, geometry);
+  conv.set_input(source);
+  if (conv.y.numel() > 0) conv.all();
+  return conv.y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> blocked_fwd_reduce(const Tensor& x, const Tensor& weights, const OptionalTensor& bias,
+                                                      int64_t out_channels, at::IntArrayRef kernel, at::IntArrayRef padding,
+                                                      OptionalTensor running_mean, OptionalTensor running_var,
+                                                      OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps) {
+  const PoolScope pooled;
+  const Geometry geometry = Geometry::blocked(x, kernel, padding);
+  const Blocks source(x);
+  Winograd conv(source.image(), weights, bias, out_channels, geometry);
+  conv.set_input(source);
+  return reduced_behind(conv, running_mean, running_var, num_batches_tracked, momentum, eps);
 }
 
 Tensor winograd_dgrad(const Tensor& dy, const Tensor& weights, int64_t in_channels, at::IntArrayRef input_size,
@@ -347,6 +445,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> winograd_dgrad_reduce(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnfast, CPU, m) {
+  m.impl("blocked_conv", &blocked_conv);
+  m.impl("blocked_fwd_reduce", &blocked_fwd_reduce);
   m.impl("winograd_conv", &winograd_conv);
   m.impl("winograd_fwd_apply", &winograd_fwd_apply);
   m.impl("winograd_fwd_reduce", &winograd_fwd_reduce);

@@ -5,10 +5,13 @@
 // G w G^T is taken once, because w is frozen: 36 values, 64 in the wide form. Along one side:
 //   kSame     stride 1, F(4, 3): 4 outputs from 6 places through the points 0, 1, -1, 2, -2 and infinity.
 //   kWide     stride 1, F(6, 3): 6 outputs from 8 places through these points, 1/2 and -1/2.
+//   kBlocked  stride 2, kernels of up to 8: with stride 1 over blocks of 2 x 2 places, of which there are at most 4 taps. F(5, 4), through the
+//             points of kWide.
 //   kHalved   stride 2: y[k] = x[2k] w0 + x[2k+1] w1 + x[2k+2] w2. The even places are F(4, 2) with the taps w0 and w2 through the points
 //             0, 1, -1, 2 and infinity; the odd places are multiplied with w1 as they are. 4 outputs from 9 places, 9 products.
 //   kDoubled  the data gradient of kHalved: 8 outputs, every second one of them F(4, 2), the others one product each, from 5 places.
-// A^T and B^T are spelled out in conv_winograd_kernels.h. Products per tile and pair of channels: 36 of 144, 64 of 324, and 81 of 144.
+// A^T and B^T are spelled out in conv_winograd_kernels.h. Products per tile and pair of channels: 36 of 144, 64 of 324, 64 of 400 (a block has
+// four times the channels), and 81 of 144.
 //
 // Where the outputs are no multiple of a tile's, the last tile of a side is short: for fewer outputs fewer points do, some of the same,
 // and so of the same transformed weights. Kept are infinity and the first of the list.
@@ -29,15 +32,19 @@ struct WinogradForm {
   int points;          // values of a transformed tile: one for each matrix, the last of which has all that are left
   int out;             // outputs of a tile
   int matrices;        // of transformed weights
+  int taps;            // of the kernel that is taken through points
 
   constexpr bool is_strided() const { return points > matrices; }
-  // Of a tile with only so many outputs: those that are taken through points, and those of one product each. Five of six, which would
-  // need a transform of their own, are taken as six.
-  constexpr int through_points(int outputs) const { return out == 8 ? outputs / 2 : out == 6 && outputs == 5 ? 6 : outputs; }
+  // Of a tile with only so many outputs: those that are taken through points, and those of one product each. Where all points but 1/2 and -1/2
+  // are too few for them, they are taken as the outputs of a whole tile.
+  constexpr int through_points(int outputs) const {
+    if (out == 8) return outputs / 2;
+    return points == 8 && outputs + taps > 7 ? out : outputs;
+  }
   constexpr int direct(int outputs) const { return !is_strided() ? 0 : out == 8 ? (outputs + 1) / 2 : outputs; }
   // Whether it has this value.
   constexpr bool has(int outputs, int value) const {
-    const int through = through_points(outputs), infinity = is_strided() ? 4 : points - 1, taps = is_strided() ? 2 : 3;
+    const int through = through_points(outputs), infinity = is_strided() ? 4 : points - 1;
     if (value > infinity) return value - 5 < direct(outputs);
     return through > 0 && (value == infinity || value < through + taps - 2);
   }
@@ -47,7 +54,8 @@ struct WinogradForm {
     return count;
   }
 };
-constexpr WinogradForm kSame = {6, 4, 6, 4, 6}, kWide = {8, 6, 8, 6, 8}, kHalved = {9, 8, 9, 4, 6}, kDoubled = {5, 4, 9, 8, 6};
+constexpr WinogradForm kSame = {6, 4, 6, 4, 6, 3}, kWide = {8, 6, 8, 6, 8, 3}, kBlocked = {8, 5, 8, 5, 8, 4};
+constexpr WinogradForm kHalved = {9, 8, 9, 4, 6, 2}, kDoubled = {5, 4, 9, 8, 6, 2};
 
 // x [N, H, W, C] and y [N, OH, OW, K], channels_last, both of the kernels' dtype; the tiles of one row of tiles are neighbours.
 // weights [matrices^2, ceil(K / 16), C, 16] and bias [ceil(K / 16) * 16] (or null), padded with zeros.
@@ -88,12 +96,12 @@ struct WinogradConv {
   }
 };
 
-// float32 and bfloat16 (wide: float32), else null. Between the loads and the stores everything is float32.
+// float32 and bfloat16 (wide and blocked: float32), else null. Between the loads and the stores everything is float32.
 struct WinogradKernels {
   // y of the rows of tiles [begin, end), counted over images, for the blocks [first, last) of output channels.
   // scratch: scratch_floats() floats, 64-byte aligned, of any content.
   using TileRows = void (*)(const WinogradConv&, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch);
-  TileRows same, wide, halved, doubled;
+  TileRows same, wide, blocked, halved, doubled;
 };
 
 }  // namespace bnfast
