@@ -800,7 +800,7 @@ def test_explain_tells_how_convolutions_ran_and_what_they_keep(monkeypatch):
     monkeypatch.setattr(winograd, "mode", "1")
     monkeypatch.setattr(pointwise, "mode", "1")
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 5, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(3, 16, 5, 3, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
     )  # fmt: skip

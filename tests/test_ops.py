@@ -219,6 +219,13 @@ def operator_inputs(name: str):
         yield last(2, 5, 4, 3), (8, 5), (2, 2)
         yield last(2, 3, 3, 7).bfloat16(), (7, 7), (3, 1)
         return
+    if name.startswith("blocked_"):
+        for kernel, padding in (((7, 7), (3, 3)), ((4, 5), (0, 2))):
+            weight = winograd.block_weight(torch.randn(18, 3, *kernel), padding)
+            conv = (winograd.transformed_weight(weight, 2, 5), torch.randn(18), 18, kernel, padding)
+            stats = (*statistics(18, torch.float32), 0.1, 1e-5)
+            yield (last(2, 3, 15, 12), *conv, *(stats if name == "blocked_fwd_reduce" else ()))
+        return
     if (
         name.startswith(("winograd_", "pointwise_", "dot_"))
         and name != "pointwise_bwd_reduce_apply_dgrad"
