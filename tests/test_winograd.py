@@ -153,9 +153,8 @@ def test_strided_stems_on_random_shapes(
     torch.testing.assert_close(running[0].double(), 0.1 * m.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_stem_is_a_unit_of_a_chain(monkeypatch):
+def test_a_stem_is_a_unit_of_a_chain(everywhere, monkeypatch):
     """Conv, BatchNorm and max-pooling of a network's begin, and the operator that it comes to."""
-    monkeypatch.setattr(winograd, "mode", "")
     x = channels_last(2, 3, 45, 38, mean=1.0)
     weight = torch.randn(32, 3, 7, 7).contiguous(memory_format=torch.channels_last) / 12
     gamma, beta = torch.rand(32) + 0.5, torch.randn(32)
