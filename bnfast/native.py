@@ -915,8 +915,8 @@ def _fake_max_pool_backward(dp, places, input_size, kernel, stride, padding):
     )
 
 
-def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride):
-    sizes = winograd.output_size(x.shape[2:], (stride, stride), padding)
+def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride, kernel=(3, 3)):
+    sizes = winograd.output_size(x.shape[2:], (stride, stride), padding, kernel)
     return torch.empty(
         (x.shape[0], out_channels, *sizes),
         dtype=x.dtype,
@@ -926,13 +926,7 @@ def _fake_winograd_conv(x, weights, bias, out_channels, padding, stride):
 
 
 def _fake_blocked_conv(x, weights, bias, out_channels, kernel, padding):
-    sizes = [(n + 2 * p - k) // 2 + 1 for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)]
-    return torch.empty(
-        (x.shape[0], out_channels, *sizes),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    return _fake_winograd_conv(x, weights, bias, out_channels, padding, 2, kernel)
 
 
 def _fake_blocked_fwd_reduce(x, weights, bias, out_channels, kernel, padding, *stats):

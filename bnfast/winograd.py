@@ -63,8 +63,9 @@ _LANES = 16
 # Products per output and pair of channels, of 9 in the direct form, by the stride; this form is no gain beyond it.
 _MOST_PRODUCTS = {1: 4.5, 2: 5.5}
 # Tiles of 6 x 6 outputs take fewer products and 64 values of each weight in place of 36: they pay where that saves so much of the products,
-# these are most of the work, and what a unit of tiles reads and writes still stays in the cache. Weights, and places of the output.
-_LEAST_SAVED, _WIDE_WEIGHTS, _MOST_WIDE_PLACES = 0.1, range(128 * 128, 256 * 256 + 1), 32 * 32
+# these are most of the work, and what a unit of tiles reads and writes still stays in the cache. Weights, and places of the output. From 256 x
+# 256 channels on the kept weights would be felt: 93 MB of a ResNet-50.
+_LEAST_SAVED, _WIDE_WEIGHTS, _MOST_WIDE_PLACES = 0.1, range(128 * 128, 256 * 256), 32 * 32
 # In bfloat16 by the capability. The form is computed in float32; where bfloat16 is multiplied, twice as fast by vectors and many times by
 # matrices, `dot` is the other way.
 _MOST_PRODUCTS_BF16 = {"avx512_bf16": {1: 3.15, 2: 0.0}, "amx": {1: 0.0, 2: 0.0}}
@@ -149,9 +150,7 @@ def serves_blocks(
         return True
     if 4 * x.shape[1] > _LANES or out_channels < _LANES or capability == "baseline":
         return False
-    outputs = [
-        (n + 2 * p - k) // 2 + 1 for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)
-    ]
+    outputs = output_size(x.shape[2:], stride, padding, kernel)
     products = 4 * math.prod(8 * math.ceil(n / 5) for n in outputs)
     return 2 * products <= math.prod(kernel) * math.prod(outputs)
 
@@ -180,9 +179,15 @@ def is_forced() -> bool:
     return mode in ("0", "1")
 
 
-def output_size(size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """[OH, OW] of a 3x3 convolution of a plane (H, W)."""
-    return [(n + 2 * p - 3) // s + 1 for n, s, p in zip(size, stride, padding, strict=True)]
+def output_size(
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    kernel: Sequence[int] = (3, 3),
+) -> list[int]:
+    """[OH, OW] of a convolution of a plane (H, W)."""
+    sides = zip(size, stride, padding, kernel, strict=True)
+    return [(n + 2 * p - k) // s + 1 for n, s, p, k in sides]
 
 
 def can_serve(

@@ -350,8 +350,8 @@ def test_the_choice_of_the_tile(monkeypatch):
     def tile(channels=128, size=(14, 14), stride=1, dtype=torch.float32):
         return winograd.tile(dtype, channels, channels, size, stride)
 
-    assert tile() == tile(256) == tile(size=(32, 32)) == tile(size=(6, 6)) == 6
-    assert tile(64) == tile(512) == 4, "products are not the most of the work, or weights are"
+    assert tile() == tile(255) == tile(size=(32, 32)) == tile(size=(6, 6)) == 6
+    assert tile(64) == tile(256) == 4, "products are not the most of the work, or weights are"
     assert tile(size=(8, 8)) == tile(size=(7, 7)) == 4, "as many products"
     assert tile(size=(56, 56)) == tile(stride=2) == tile(dtype=torch.bfloat16) == 4
     monkeypatch.setattr(winograd, "tile_mode", "6")
