@@ -58,11 +58,12 @@ class MatrixTile {
     if constexpr (kTwoBlocks) _tile_zero(1);
     if constexpr (kTwoTiles) _tile_zero(2);
     if constexpr (kTwoTiles && kTwoBlocks) _tile_zero(3);
+    auto walk = ahead.walk();
     for (int64_t t = 0; t < span.tap_count; ++t) {
       const bf16* const from = x + span.taps[t].input;
       const bf16* w = weights + span.taps[t].weights;
       for (int64_t c = 0; c < d.channels; c += step, w += step * kBlock) {
-        for (int i = 0; i < kLines; ++i) ahead.line();
+        for (int i = 0; i < kLines; ++i) walk.line();
         _tile_loadd(6, w, 64);
         _tile_loadd(4, from + c, row_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -77,6 +78,7 @@ class MatrixTile {
         if constexpr (kTwoTiles && kTwoBlocks) _tile_dpbf16ps(3, 5, 7);
       }
     }
+    ahead.walked(walk);
     alignas(64) float sums[4][16][kBlock];
     _tile_stored(0, sums[0], 64);
     if constexpr (kTwoBlocks) _tile_stored(1, sums[1], 64);

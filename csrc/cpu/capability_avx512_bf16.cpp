@@ -37,13 +37,14 @@ struct VectorTile {
     constexpr int kPointers = kRows / 4;   // see multiply() of gemm_kernels.h
     __m512 sums[kRows * kBlocks] = {};
     const int64_t step = d.x_step, step3 = 3 * step;
+    auto walk = ahead.walk();
     for (int64_t t = 0; t < span.tap_count; ++t) {
       const bf16* from[kPointers];
       unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { from[i] = x + span.taps[t].input + i * 4 * step; });
       const bf16* w = weights + span.taps[t].weights;
       for (int64_t c = 0; c < d.channels; c += 2, w += 2 * kBlock) {
         unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { asm("" : "+r"(from[i])); });
-        ahead.line();
+        walk.line();
         __m512i pairs[kBlocks];
         unrolled<kBlocks>([&](auto b) BNFAST_INLINE_LAMBDA { pairs[b] = _mm512_loadu_si512(w + b * d.block_elements); });
         unrolled<kRows>([&](auto r) BNFAST_INLINE_LAMBDA {
@@ -57,6 +58,7 @@ struct VectorTile {
         unrolled<kPointers>([&](auto i) BNFAST_INLINE_LAMBDA { from[i] += 2; });
       }
     }
+    ahead.walked(walk);
     unrolled<kRows>([&](auto r) BNFAST_INLINE_LAMBDA {
       unrolled<kBlocks>([&](auto b) BNFAST_INLINE_LAMBDA {
         put(r, b, FloatBlock::make([&](int) BNFAST_INLINE_LAMBDA { return (FloatVec)sums[r * kBlocks + b]; }));

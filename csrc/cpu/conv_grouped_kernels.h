@@ -70,13 +70,14 @@ BNFAST_INLINE void grouped_tile(const MetTaps<T>& met, int64_t all_channels, int
   // Of a few outputs more sums than one each, which do not wait for one another.
   constexpr int kSums = std::clamp(4 / kCount, 1, kWidth);
   const auto block = [&](int64_t c, auto lanes) BNFAST_INLINE_LAMBDA {
+    auto walk = ahead.walk();
     B sum[kCount * kSums];
     for (int o = 0; o < kCount * kSums; ++o) sum[o] = bias && o < kCount ? load(bias + c, lanes) : B(0);
     for (int i = 0; i < met.count; ++i) {
       const T* x = met.x[i] + offset + c;
       const acc_t<T>* tap = met.tap[i] + c;
       if constexpr (kWidth == 1) {
-        ahead.line();
+        walk.line();
         const B factor = load(tap, lanes);
         for (int o = 0; o < kCount; ++o) sum[o] = fma(load(x + o * x_step, lanes), factor, sum[o]);
       } else {
@@ -84,7 +85,7 @@ BNFAST_INLINE void grouped_tile(const MetTaps<T>& met, int64_t all_channels, int
         B value[kCount];
         for (int o = 0; o < kCount && !kIsBroadcast; ++o) value[o] = load(x + o * x_step, lanes);
         unrolled<kWidth>([&](auto j) BNFAST_INLINE_LAMBDA {
-          ahead.line();
+          walk.line();
           const B factor = load(tap + j * all_channels, lanes);
           unrolled<kCount>([&](auto o) BNFAST_INLINE_LAMBDA {
             B& s = sum[j % kSums * kCount + o];
@@ -95,6 +96,7 @@ BNFAST_INLINE void grouped_tile(const MetTaps<T>& met, int64_t all_channels, int
         });
       }
     }
+    ahead.walked(walk);
     for (int o = 0; o < kCount; ++o) {
       for (int k = 1; k < kSums; ++k) sum[o] = sum[o] + sum[k * kCount + o];
       store(y + o * y_step + c, sum[o], lanes);

@@ -546,6 +546,12 @@ template <int kBlocks, class A>
 void multiply_rows(const float* v, int64_t v_step, const float* weights, int64_t channels, int64_t tiles, float* m, int64_t m_step,
                    A& ahead) {
   int64_t t = 0;
+  if constexpr (BNFAST_VECTOR_BYTES == 64) {
+    if (channels == kBlock && v_step == kBlock) {
+      for (int b = 0; b < kBlocks; ++b) multiply_by_block(v, weights + b * kBlock * kBlock, tiles, m + b * kBlock, m_step, ahead);
+      return;
+    }
+  }
   for (; t + kWideTiles <= tiles; t += kWideTiles) {
     multiply_tiles<kWideTiles, kBlocks>(v + t * v_step, v_step, weights, channels, m + t * m_step, m_step, ahead);
   }
@@ -567,11 +573,19 @@ constexpr int kLinesPerTile = Form::kForm.points == 8 ? 16 : 8;
 
 // What is needed next, and the weights of the next panel beside it.
 struct RunsAndWeightsAhead {
+  struct Walk {
+    RunsAhead::Walk runs, weights;
+    BNFAST_INLINE void line() {
+      runs.line();
+      weights.line();
+    }
+  };
   RunsAhead& runs;
   RunsAhead weights;
-  BNFAST_INLINE void line() {
-    runs.line();
-    weights.line();
+  BNFAST_INLINE Walk walk() const { return {runs.walk(), weights.walk()}; }
+  BNFAST_INLINE void walked(const Walk& walk) {
+    runs.walked(walk.runs);
+    weights.walked(walk.weights);
   }
 };
 
@@ -627,7 +641,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
         float* to = transformed + t * in_columns;
         int64_t c = 0;
         for (; c + kBlock <= d.channels; c += kBlock) {
-          for (int i = 0; i < kLinesPerTile<Form>; ++i) ahead.line();
+          ahead.template lines<kLinesPerTile<Form>>();
           transform(c, Whole{}, to + c);
         }
         if (c < d.channels) transform(c, First{d.channels - c}, to + c);
@@ -671,7 +685,7 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
           for (int64_t b = 0; b < width; ++b) {
             const int64_t k = (block + b) * kBlock;
             const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
-            for (int i = 0; i < kLinesPerTile<Form>; ++i) ahead.line();
+            ahead.template lines<kLinesPerTile<Form>>();
             const float* m = products + t * panel_columns + b * kBlock;
             if (k + kBlock <= d.out_channels) transform(m, bias, k, Whole{});
             else transform(m, bias, k, First{d.out_channels - k});

@@ -16,38 +16,28 @@ namespace bnfast::BNFAST_NAMESPACE {
 class RunsAhead {
  public:
   // All of the runs, within so many calls of line(), about.
-  RunsAhead(const Run* runs, int count, int64_t calls) : last_(runs + count), place_(from(runs, last_)) {
+  RunsAhead(const Run* runs, int count, int64_t calls) : walk_{Walk::from(runs, runs + count), runs + count, 0} {
     int64_t bytes = 0;
     for (int i = 0; i < count; ++i) bytes += runs[i].bytes;
-    pace_ = place_.pace(bytes / std::max<int64_t>(1, calls) + 1);
+    walk_.pace = walk_.place.pace(bytes / std::max<int64_t>(1, calls) + 1);
   }
   // At the rate of a phase that takes so many cycles from one call of line() to the next; upcoming may be null.
   RunsAhead(Upcoming* upcoming, double Upcoming::*rate, double cycles) : state_(upcoming) {
     if (!upcoming) return;
     const Run* const next = upcoming->runs + upcoming->begun;
-    last_ = upcoming->runs + upcoming->count;
-    place_ = upcoming->at ? Place{upcoming->at, upcoming->end, next} : from(next, last_);
-    pace_ = place_.pace(std::min<int64_t>(kWidestPace, static_cast<int64_t>(std::ceil(upcoming->*rate * cycles))));
+    walk_.last = upcoming->runs + upcoming->count;
+    walk_.place = upcoming->at ? Place{upcoming->at, upcoming->end, next} : Walk::from(next, walk_.last);
+    walk_.pace = walk_.place.pace(std::min<int64_t>(kWidestPace, static_cast<int64_t>(std::ceil(upcoming->*rate * cycles))));
   }
   ~RunsAhead() {
-    if (!state_ || !place_.next) return;
-    state_->begun = static_cast<int>(place_.next - state_->runs);
-    state_->at = place_.at == &kNowhere ? nullptr : place_.at;
-    state_->end = place_.end;
+    const Place& place = walk_.place;
+    if (!state_ || !place.next) return;
+    state_->begun = static_cast<int>(place.next - state_->runs);
+    state_->at = place.at == &kNowhere ? nullptr : place.at;
+    state_->end = place.end;
   }
   RunsAhead(const RunsAhead&) = delete;
   RunsAhead& operator=(const RunsAhead&) = delete;
-
-  // Fetches the same line again and again, or every second one, where that is the pace: a branch would cost more.
-  BNFAST_INLINE void line() {
-    __builtin_prefetch(place_.at, 0, 2);
-    place_.at += pace_;
-    if (__builtin_expect(place_.at >= place_.end, 0)) {
-      // By value: an object that others see would be kept in memory, and stored at each call.
-      place_ = from(place_.next, last_);
-      pace_ = place_.pace(pace_);
-    }
-  }
 
  private:
   static constexpr int64_t kWidestPace = 128;   // bytes
@@ -60,15 +50,41 @@ class RunsAhead {
 
     int64_t pace(int64_t wanted) const { return at == &kNowhere ? 0 : wanted; }
   };
-  __attribute__((noinline)) static Place from(const Run* next, const Run* last) {
-    if (next == last) return {&kNowhere, &kNowhere + 1, next};
-    return {static_cast<const char*>(next->begin), static_cast<const char*>(next->begin) + next->bytes, next + 1};
+
+ public:
+  // Where it is. A loop takes it out and puts it back behind itself: what others see would be loaded and stored at each call.
+  struct Walk {
+    Place place;
+    const Run* last = nullptr;
+    int64_t pace = 0;
+
+    // Fetches the same line again and again, or every second one, where that is the pace: a branch would cost more.
+    BNFAST_INLINE void line() {
+      __builtin_prefetch(place.at, 0, 2);
+      place.at += pace;
+      if (__builtin_expect(place.at >= place.end, 0)) {
+        place = from(place.next, last);   // by value, for the same reason
+        pace = place.pace(pace);
+      }
+    }
+    __attribute__((noinline)) static Place from(const Run* next, const Run* last) {
+      if (next == last) return {&kNowhere, &kNowhere + 1, next};
+      return {static_cast<const char*>(next->begin), static_cast<const char*>(next->begin) + next->bytes, next + 1};
+    }
+  };
+  BNFAST_INLINE Walk walk() const { return walk_; }
+  BNFAST_INLINE void walked(const Walk& walk) { walk_ = walk; }
+  BNFAST_INLINE void line() { walk_.line(); }
+  template <int kCalls>
+  BNFAST_INLINE void lines() {
+    Walk walk = walk_;
+    for (int i = 0; i < kCalls; ++i) walk.line();
+    walk_ = walk;
   }
 
+ private:
   Upcoming* state_ = nullptr;
-  const Run* last_ = nullptr;
-  Place place_;
-  int64_t pace_ = 0;
+  Walk walk_;
 };
 
 }  // namespace bnfast::BNFAST_NAMESPACE
