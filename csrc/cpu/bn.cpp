@@ -388,27 +388,29 @@ struct Statistics {
   }
 };
 
-using Produce = c10::function_ref<void(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming)>;
+using Produce = c10::function_ref<bool(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming, double* mean, double* m2)>;
 
-// The statistics of rows. produce, where given, writes the pixels [begin, end) of z, those of a unit, before they are read.
+// The statistics of rows. produce, where given, writes the pixels [begin, end) of z, those of a unit, before they are read, or returns true and
+// leaves the moments too.
 void reduce_rows(Statistics& found, const Tensor& z, const Layout& l, const RowUnits& units, const Produce* produce) {
   const BnKernels& kernels = kernels_for(z);
   Partials partials(units.units(), units.length, at::kDouble);
   for_units(units.units() - (units.tail ? 1 : 0), [&](int64_t u) {
     const RowSpan span = units.span(u);
     Upcoming upcoming;
-    if (produce) (*produce)(u, span.begin / l.channels, span.end / l.channels, upcoming);
+    double *const mean = partials.first_row<double>(u), *const m2 = partials.second_row<double>(u);
+    if (produce && (*produce)(u, span.begin / l.channels, span.end / l.channels, upcoming, mean, m2)) return;
     BnTensors t;
     t.z = z.const_data_ptr();
     t.upcoming = &upcoming;
     std::vector<double> scratch(3 * units.length);
-    kernels.fwd_reduce_rows(t, span, partials.first_row<double>(u), partials.second_row<double>(u), scratch.data());
+    kernels.fwd_reduce_rows(t, span, mean, m2, scratch.data());
   });
   if (units.tail) {
     // One value per place: the value is the mean, and M2 is 0.
     const int64_t last = units.units() - 1, begin = z.storage_offset() + units.span(last).begin;
     Upcoming nothing;
-    if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing);
+    if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing, nullptr, nullptr);
     partials.first[last].slice(0, 0, units.tail).copy_(z.as_strided({units.tail}, {1}, begin));
     partials.second[last].zero_();
   }
@@ -556,7 +558,7 @@ std::tuple<Tensor, Tensor> bn_fwd_reduce_behind(const Tensor& z, const PixelUnit
   const bool by_pixels = l.rows && l.inner == 1;
   if (!by_pixels && l.numel() > 0) {
     Upcoming nothing;
-    produce(0, 0, l.count(), nothing);
+    produce(0, 0, l.count(), nothing, nullptr, nullptr);
   }
   if (by_pixels && l.numel() > 0) reduce_rows(found, z, l, units ? RowUnits(l, *units) : RowUnits(l), &produce);
   else if (l.numel() > 0) l.rows ? reduce_rows(found, z, l, RowUnits(l), nullptr) : reduce_planes(found, z, l);

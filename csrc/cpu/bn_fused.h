@@ -24,12 +24,12 @@ struct PixelUnits {
   std::vector<int64_t> borders;
 };
 
-// bn_fwd_reduce of z, whose pixels [begin, end) are written by produce(unit, begin, end, upcoming) before they are reduced: each pixel
-// once, by any thread. What it leaves in upcoming is fetched beside the reduction. Without units they are those of bn_fwd_reduce.
-// Returns mean, rstd.
+// bn_fwd_reduce of z, whose pixels [begin, end) are written by produce(unit, begin, end, upcoming, mean, m2) before they are reduced: each
+// pixel once, by any thread. What it leaves in upcoming is fetched beside the reduction; or it returns true and has left the unit's moments in
+// mean and m2, [group * C] each. Without units they are those of bn_fwd_reduce. Returns mean, rstd.
 std::tuple<at::Tensor, at::Tensor> bn_fwd_reduce_behind(
     const at::Tensor& z, const PixelUnits* units,
-    c10::function_ref<void(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming)> produce,
+    c10::function_ref<bool(int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming, double* mean, double* m2)> produce,
     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
     double eps);
 

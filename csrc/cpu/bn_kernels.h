@@ -123,8 +123,8 @@ constexpr int64_t kNear = 512;   // elements
 // What an elementwise phase will read next: of planes, what is named; of rows, which are read from end to end, what comes soon. The
 // prefetcher of the hardware begins anew at each page, and after each piece of a convolution that runs between the rows.
 template <class Span, class T>
-BNFAST_INLINE void fetch_ahead(const BnTensors& t, const T* from) {
-  __builtin_prefetch(from + (kRows<Span> ? kNear : t.ahead), 0, kRows<Span> ? 3 : 2);
+BNFAST_INLINE void fetch_ahead(int64_t ahead, const T* from) {
+  __builtin_prefetch(from + (kRows<Span> ? kNear : ahead), 0, kRows<Span> ? 3 : 2);
 }
 
 // What the next rows will read, where four rows of `length` elements are read side by side: the hardware loses sight of them. From the L2
@@ -147,19 +147,22 @@ void fwd_apply(const BnTensors& t, Span span) {
   const T* z = static_cast<const T*>(t.z);
   const T* r = static_cast<const T*>(t.residual);
   T* y = static_cast<T*>(t.out);
+  uint16_t* bits = t.bits;
+  const int64_t ahead = t.ahead;
   const bool streams = t.streams;
   with_activation(t.act, t.slope, [&](auto act) {
     auto run = [&](auto has_residual, auto has_bits) {
-      for_elements<T>(t, span, [&](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
-        fetch_ahead<Span>(t, z + e + j);
+      // By value, here and below: what is captured by reference is loaded again behind each store.
+      for_elements<T>(t, span, [=](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
+        fetch_ahead<Span>(ahead, z + e + j);
         Block<A> pre = channel.pre_activation(load(z + e + j, lanes), j, lanes);
         if constexpr (has_residual) {
-          fetch_ahead<Span>(t, r + e + j);
+          fetch_ahead<Span>(ahead, r + e + j);
           pre = pre + load(r + e + j, lanes);
         }
         write(y + e + j, act.value(pre), lanes, streams);
         if constexpr (has_bits && act.kPiecewise) {
-          t.bits[word + j / kBlock] = to_bits<A>(act.passes(rounded_to<T>(pre)));
+          bits[word + j / kBlock] = to_bits<A>(act.passes(rounded_to<T>(pre)));
         }
       });
     };
@@ -210,12 +213,13 @@ void bwd_apply(const BnTensors& t, Span span) {
   const T* dy = static_cast<const T*>(t.dy);
   T* dz = static_cast<T*>(t.out);
   T* dr = static_cast<T*>(t.dresidual);
+  const int64_t ahead = t.ahead;
   const bool streams = t.streams;
   with_gradient<T>(t, [&](auto gradient) {
     auto run = [&](auto batch_statistics, auto has_residual) {
-      for_elements<T>(t, span, [&](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
-        fetch_ahead<Span>(t, z + e + j);
-        fetch_ahead<Span>(t, dy + e + j);
+      for_elements<T>(t, span, [=](const auto& channel, int64_t e, int64_t j, auto lanes, int64_t word) BNFAST_INLINE_LAMBDA {
+        fetch_ahead<Span>(ahead, z + e + j);
+        fetch_ahead<Span>(ahead, dy + e + j);
         const Block<A> zb = load(z + e + j, lanes);
         const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, word);
         if constexpr (has_residual) write(dr + e + j, db, lanes, streams);
@@ -370,20 +374,21 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
   std::fill(second, second + length, A(0));
   const Channel<T, true> channel(t, 0);
   with_gradient<T>(t, [&](auto gradient) {
-    auto add = [&](int64_t e, int64_t j, auto lanes, Block<A>& db_sum, Block<A>& db_z_sum) BNFAST_INLINE_LAMBDA {
+    auto add = [=](const auto& held, int64_t e, int64_t j, auto lanes, Block<A>& db_sum, Block<A>& db_z_sum) BNFAST_INLINE_LAMBDA {
       const Block<A> zb = load(z + e + j, lanes);
-      const Block<A> db = gradient(channel, zb, load(dy + e + j, lanes), e, j, lanes, e / kBlock);
+      const Block<A> db = gradient(held, zb, load(dy + e + j, lanes), e, j, lanes, e / kBlock);
       db_sum = db_sum + db;
-      db_z_sum = db_z_sum + db * (zb - channel.mean.at(j, lanes));
+      db_z_sum = db_z_sum + db * (zb - held.mean.at(j, lanes));
     };
     int64_t e = span.begin;
     for (; e + 4 * length <= span.end; e += 4 * length) {
       for (int64_t j = 0; j < length; j += kBlock) {
+        const HeldChannel<A> held(channel, j, Whole{});
         Block<A> db_sum = load_block(first + j), db_z_sum = load_block(second + j);
         for (int i = 0; i < 4; ++i) {
           fetch_next_rows(z + e + i * length + j, length);
           fetch_next_rows(dy + e + i * length + j, length);
-          add(e + i * length, j, Whole{}, db_sum, db_z_sum);
+          add(held, e + i * length, j, Whole{}, db_sum, db_z_sum);
         }
         store_block(first + j, db_sum);
         store_block(second + j, db_z_sum);
@@ -392,7 +397,7 @@ void bwd_reduce_rows(const BnTensors& t, RowSpan span, void* sum_db, void* sum_d
     for (; e < span.end; e += length) {
       for_blocks(std::min(length, span.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA {
         Block<A> db_sum = load_block(first + j), db_z_sum = load_block(second + j);
-        add(e, j, lanes, db_sum, db_z_sum);
+        add(channel, e, j, lanes, db_sum, db_z_sum);
         store(first + j, db_sum, lanes);
         store(second + j, db_z_sum, lanes);
       });
@@ -439,26 +444,28 @@ void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
   const bool keeps = t.slope_from == Slope::kFromBits || t.act == Act::kSilu || t.act == Act::kHardswish;
   with_gradient<T>(t, [&](auto gradient) {
     const auto run = [&](auto has_add, auto keeps_db, auto has_beside) {
-      const auto add = [&](int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
-        ahead.line();
+      auto walk = ahead.walk();
+      const auto add = [=, &walk](const auto& held, int64_t e, int64_t j, auto lanes, B (&sum)[3]) BNFAST_INLINE_LAMBDA {
+        walk.line();
         fetch_next_rows<3>(dy + e + j, length);
         fetch_next_rows<3>(z + e + j, length);
         B given = load(dy + e + j, lanes);
         if constexpr (has_add) given = rounded_to<T>(given + load(more + e + j, lanes));
         const B zb = load(z + e + j, lanes);
-        B db = gradient(channel, zb, given, e, j, lanes, e / kBlock);
+        B db = gradient(held, zb, given, e, j, lanes, e / kBlock);
         if constexpr (keeps_db) store(dy + e + j, db = rounded_to<T>(db), lanes);
         else if constexpr (has_add) store(dy + e + j, given, lanes);
         sum[0] = sum[0] + db;
-        sum[1] = sum[1] + db * (zb - channel.mean.at(j, lanes));
+        sum[1] = sum[1] + db * (zb - held.mean.at(j, lanes));
         if constexpr (has_beside) {
           sum[2] = sum[2] + db * (load(beside + e + j, lanes) - load(mean_beside + j, lanes));
         }
       };
-      const auto rows = [&](int64_t e, int64_t j, auto lanes, int count) BNFAST_INLINE_LAMBDA {
+      const auto rows = [=, &add](int64_t e, int64_t j, auto lanes, int count) BNFAST_INLINE_LAMBDA {
         B s[3];
         for (int i = 0; i < (has_beside ? 3 : 2); ++i) s[i] = load(sums + i * length + j, lanes);
-        for (int i = 0; i < count; ++i) add(e + i * length, j, lanes, s);
+        const HeldChannel<float> held(channel, j, lanes);
+        for (int i = 0; i < count; ++i) add(held, e + i * length, j, lanes, s);
         for (int i = 0; i < (has_beside ? 3 : 2); ++i) store(sums + i * length + j, s[i], lanes);
       };
       int64_t e = span.begin;
@@ -468,6 +475,7 @@ void bwd_join_rows(const BnTensors& t, RowSpan span, float* sums) {
       for (; e < span.end; e += length) {
         for_blocks(std::min(length, span.end - e), [&](int64_t j, auto lanes) BNFAST_INLINE_LAMBDA { rows(e, j, lanes, 1); });
       }
+      ahead.walked(walk);
     };
     const auto with_add = [&](auto keeps_db, auto has_beside) {
       more ? run(Flag<true>{}, keeps_db, has_beside) : run(Flag<false>{}, keeps_db, has_beside);

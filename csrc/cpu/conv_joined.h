@@ -7,11 +7,14 @@
 //   unit(u, cycles, upcoming)   leaves in upcoming what is fetched beside what follows, which takes so many cycles
 //   unit_in_pieces(u, cycles, take)   the same where what follows takes piece by piece
 //   set_behind(tensors)     optional: tensors of y's shape that are read behind each unit
+//   finds_moments(), unit(u, mean, m2), all(mean, m2)   optional: whether units can leave their own moments, and such that do
 #pragma once
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <numeric>
+#include <vector>
 
 #include "bn_fused.h"
 
@@ -47,17 +50,40 @@ template <class Conv>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced_behind(const Conv& conv, OptionalTensor running_mean, OptionalTensor running_var,
                                                               OptionalTensor num_batches_tracked, std::optional<double> momentum,
                                                               double eps) {
-  const std::optional<PixelUnits> units = conv.pixels();
+  std::optional<PixelUnits> units = conv.pixels();
   // One channel: its reduction sees a plane, not pixels.
   const bool at_once = !units || conv.is_split() || conv.y.size(1) == 1;
-  if (at_once && conv.y.numel() > 0) conv.all();
+  bool finds_moments = false;
+  if constexpr (requires { conv.finds_moments(); }) finds_moments = units && conv.finds_moments();
+  if (finds_moments) units->group = 1;   // a value per channel, not per place of a group
+  const int64_t channels = conv.y.size(1);
+  std::vector<double> means, m2s;   // of units that were computed at once
+  if (at_once && conv.y.numel() > 0) {
+    if (finds_moments) {
+      means.resize((units->borders.size() - 1) * channels);
+      m2s.resize(means.size());
+    }
+    if constexpr (requires { conv.all(means.data(), m2s.data()); }) finds_moments ? conv.all(means.data(), m2s.data()) : conv.all();
+    else conv.all();
+  }
   auto [mean, rstd] = bn_fwd_reduce_behind(
       conv.y, units ? &*units : nullptr,
-      [&](int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming) {
-        if (at_once) return;
-        const int64_t cycles = (end - begin) * conv.y.size(1) / 16 * kFwdReduceCycles;
+      [&](int64_t unit, int64_t begin, int64_t end, Upcoming& upcoming, double* unit_mean, double* unit_m2) {
+        if (at_once && finds_moments) {
+          std::copy_n(means.data() + unit * channels, channels, unit_mean);
+          std::copy_n(m2s.data() + unit * channels, channels, unit_m2);
+        }
+        if (at_once) return finds_moments;
+        if constexpr (requires { conv.unit(unit, unit_mean, unit_m2); }) {
+          if (finds_moments) {
+            conv.unit(unit, unit_mean, unit_m2);
+            return true;
+          }
+        }
+        const int64_t cycles = (end - begin) * channels / 16 * kFwdReduceCycles;
         if constexpr (requires { conv.unit(unit, cycles, upcoming); }) conv.unit(unit, cycles, upcoming);
         else conv.unit(unit);
+        return false;
       },
       running_mean, running_var, num_batches_tracked, momentum, eps);
   return {conv.y, mean, rstd};

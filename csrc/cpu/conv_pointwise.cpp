@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_fwd_reduce(
   else product.set_x(x);
   auto [own_mean, own_rstd] = bn_fwd_reduce_behind(
       product.y, nullptr,
-      [&](int64_t, int64_t begin, int64_t end, Upcoming& upcoming) {
+      [&](int64_t, int64_t begin, int64_t end, Upcoming& upcoming, double*, double*) {
         std::optional<Made> made;
         if (source) made.emplace(*source, product.chunk, x.size(1), product.y);
         for (int64_t from = begin; from < end; from += product.chunk) {
@@ -222,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_fwd_reduce(
           if (made) made->rows(product, from, to, upcoming);
           else product.rows(from, to, 0, product.blocks, upcoming);
         }
+        return false;
       },
       running_mean, running_var, num_batches_tracked, momentum, eps);
   return {product.y, own_mean, own_rstd};

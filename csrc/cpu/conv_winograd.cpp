@@ -170,12 +170,17 @@ class Winograd {
   // Whether threads share units by their output channels; else a unit can be computed alone.
   bool is_split() const { return pieces_ > 1; }
   void unit(int64_t u) const { piece(u, 0, blocks_); }
-  void all() const {
+  // The same with the moments of a channel over the unit, [K] each. Whether that can be asked for depends on the shape alone.
+  bool finds_moments() const { return element_ == kFloat && d_.out_channels % kWinogradLanes == 0; }
+  void unit(int64_t u, double* mean, double* m2) const { piece(u, 0, blocks_, mean, m2); }
+  // mean, m2: of all units, [units, K] each.
+  void all(double* mean = nullptr, double* m2 = nullptr) const {
     at::parallel_for(0, units_ * pieces_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         // Threads that share the weights keep to their own.
         const int64_t unit = is_shared_ ? i % units_ : i / pieces_, block = (is_shared_ ? i / units_ : i % pieces_) * blocks_per_piece_;
-        piece(unit, block, std::min(blocks_, block + blocks_per_piece_));
+        const int64_t moments = unit * d_.out_channels;
+        piece(unit, block, std::min(blocks_, block + blocks_per_piece_), mean ? mean + moments : nullptr, m2 ? m2 + moments : nullptr);
       }
     });
   }
@@ -253,8 +258,9 @@ class Winograd {
   int64_t in_pixel(int64_t row) const { return in_row(row) * d_.width; }
   int64_t in_row(int64_t row) const { return row / d_.tile_rows * d_.height + std::min(d_.height, row % d_.tile_rows * d_.form.in_step); }
 
-  void piece(int64_t unit, int64_t block, int64_t last_block) const {
+  void piece(int64_t unit, int64_t block, int64_t last_block, double* mean = nullptr, double* m2 = nullptr) const {
     WinogradConv d = d_;
+    d.mean = mean, d.m2 = m2;
     if (block == 0) d.own = {in_row(row(unit)), in_row(row(unit + 1))};
     Run runs[kMostRuns];
     if (pieces_ == 1 && unit + 1 < units_) {

@@ -72,6 +72,7 @@ struct WinogradConv {
   int64_t tile_rows, tile_columns;   // of one image
   int last_down, last_across;        // outputs of the last tile of a column and of a row
   int64_t tiles;                     // that are transformed together, a multiple of kWinogradRowGroup
+  double *mean, *m2;                 // of what these tiles put out in each channel, [K], or null: float32
   const Run* upcoming;               // what is needed after these tiles, fetched into the cache meanwhile
   int upcoming_count;
   bool fetches_weights;              // ahead of their use, as they come from memory
@@ -90,9 +91,11 @@ struct WinogradConv {
     if (!source) return 0;
     return blocks((form.in * width + source->granularity()) * channels) * kWinogradLanes;
   }
-  // A row of a tile of padded input pixels, all zeros, the transformed input, the products, the rows that are made; each 64-byte aligned.
+  int64_t moments_floats() const { return 3 * blocks(out_channels) * kWinogradLanes; }
+  // A row of a tile of padded input pixels, all zeros, the transformed input, the products, the rows that are made, sums for the moments; each
+  // 64-byte aligned.
   int64_t scratch_floats() const {
-    return form.in * input_columns() + values(input_columns()) + values(panel_columns()) + made_floats();
+    return form.in * input_columns() + values(input_columns()) + values(panel_columns()) + made_floats() + moments_floats();
   }
 };
 

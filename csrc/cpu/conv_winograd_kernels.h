@@ -428,6 +428,68 @@ struct EdgePlaces : TilePlaces<T, kRows> {
   BNFAST_INLINE bool has(int j) const { return j >= first && j < last; }
 };
 
+// sum(d) and sum(d^2) of d = y - centre over a tile's outputs of 16 channels, where they are wanted.
+struct TileSums {
+  bool wanted = false;
+  FloatBlock centre = {}, sum = {}, square = {};
+
+  // A row of outputs, of which those in [first, last) exist.
+  template <int N>
+  BNFAST_INLINE void add(const FloatBlock (&y)[N], int64_t first = 0, int64_t last = N) {
+    if (!wanted) return;
+    FloatBlock row_sum(0), row_square(0);
+    unrolled<N>([&](auto j) BNFAST_INLINE_LAMBDA {
+      if (j < first || j >= last) return;
+      const FloatBlock d = y[j] - centre;
+      row_sum = row_sum + d;
+      row_square = row_square + d * d;
+    });
+    sum = sum + row_sum;
+    square = square + row_square;
+  }
+};
+
+// The moments of what the tiles of a unit put out, taken from the registers: bn_fwd_reduce without reading y. The centre of a channel is its
+// mean over the unit's first tile. That tile's share of M2 bounds what a centre off the mean can cost: n (mean - centre)^2 of n outputs is at
+// most n / 16 of M2, of which float32 keeps 7 digits.
+class UnitMoments {
+ public:
+  UnitMoments(const WinogradConv& d, float* memory) : mean_(d.mean), m2_(d.m2), centre_(memory) {
+    if (!mean_) return;
+    step_ = WinogradConv::blocks(d.out_channels) * kBlock;
+    std::fill(memory, memory + 3 * step_, 0.0f);
+  }
+  explicit operator bool() const { return mean_; }
+  BNFAST_INLINE TileSums tile(int64_t k) const {
+    if (!mean_) return {};
+    return {true, load_block(centre_ + k), FloatBlock(0), FloatBlock(0)};
+  }
+  BNFAST_INLINE void add(const TileSums& sums, int64_t k) {
+    if (!mean_) return;
+    float *const sum = centre_ + step_ + k, *const square = sum + step_;
+    store_block(sum, load_block(sum) + sums.sum);
+    store_block(square, load_block(square) + sums.square);
+  }
+  // Of the first tile, whose sums are of centre 0 and which is to be added once more.
+  BNFAST_INLINE void set_centre(const TileSums& sums, int64_t k, int64_t outputs) {
+    store_block(centre_ + k, sums.sum * (1.0f / static_cast<float>(outputs)));
+  }
+  // Of the channels [first, last), from so many outputs.
+  void finish(int64_t first, int64_t last, int64_t outputs) const {
+    const double one_over = 1.0 / static_cast<double>(outputs);
+    for (int64_t k = first; mean_ && k < last; ++k) {
+      const double sum = centre_[step_ + k];
+      mean_[k] = centre_[k] + sum * one_over;
+      m2_[k] = centre_[2 * step_ + k] - sum * sum * one_over;
+    }
+  }
+
+ private:
+  double *mean_, *m2_;
+  float* centre_;
+  int64_t step_ = 0;
+};
+
 // The values of 16 channels from c on of a tile into v; places that are missing are zeros.
 template <class Form, class P, class L>
 BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, const Places<Form>& places) {
@@ -452,7 +514,8 @@ BNFAST_INLINE void input_tile(const P& from, int64_t c, L lanes, float* v, const
 
 // 16 channels from k on of the places of a tile, from its products m.
 template <class Form, class P, class L>
-BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const FloatBlock& bias, const P& to, int64_t k, L lanes) {
+BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const FloatBlock& bias, const P& to, int64_t k, L lanes,
+                               TileSums& sums) {
   constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
   FloatBlock columns[kOut * kPoints];
   each<Form::kUnrolled, kPoints>([&](auto j) BNFAST_INLINE_LAMBDA {
@@ -466,7 +529,8 @@ BNFAST_INLINE void output_tile(const float* m, const Places<Form>& places, const
     FloatBlock d[kPoints], t[kOut];
     unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
     Form::output(d, t);
-    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA { store(to(i, j) + k, t[j] + bias, lanes); });
+    unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA { store(to(i, j) + k, t[j] = t[j] + bias, lanes); });
+    sums.add(t);
   });
 }
 
@@ -498,7 +562,7 @@ BNFAST_INLINE void input_short_tile(const Tiles<Form>& tiles, TileKind kind, con
 template <class Form, class P, class L>
 BNFAST_INLINE void output_short_tile(const Tiles<Form>& tiles, TileKind kind, const float* m, int64_t columns_of_m, const Places<Form>& places,
                                      const FloatBlock& bias, const P& to, int64_t first_down, int64_t first_across, int64_t k,
-                                     L lanes) {
+                                     L lanes, TileSums& sums) {
   constexpr int kOut = Form::kForm.out, kPoints = Form::kForm.points;
   const int down = tiles.down(kind), across = tiles.across(kind);
   FloatBlock columns[kOut * kPoints];
@@ -517,8 +581,10 @@ BNFAST_INLINE void output_short_tile(const Tiles<Form>& tiles, TileKind kind, co
     unrolled<kPoints>([&](auto j) BNFAST_INLINE_LAMBDA { d[j] = columns[i * kPoints + j]; });
     Form::output(across, d, t);
     unrolled<kOut>([&](auto j) BNFAST_INLINE_LAMBDA {
-      if (j >= first_across && j < across) store(to(i, j) + k, t[j] + bias, lanes);
+      t[j] = t[j] + bias;
+      if (j >= first_across && j < across) store(to(i, j) + k, t[j], lanes);
     });
+    sums.add(t, first_across, across);
   }
 }
 
@@ -617,6 +683,8 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
   const T* lines[kIn];
   int64_t row_of_lines = -1;   // of tiles
   T* const y = static_cast<T*>(d.y);
+  UnitMoments moments(d, scratch + d.scratch_floats() - d.moments_floats());
+  int64_t outputs = 0;   // of a channel
   const int64_t blocks = WinogradConv::blocks(d.out_channels), last_tile = end * d.tile_columns, block_floats = d.channels * kBlock;
 
   for (int64_t from_tile = begin * d.tile_columns; from_tile < last_tile; from_tile += d.tiles) {
@@ -681,32 +749,41 @@ void winograd_tile_rows(const WinogradConv& d, int64_t begin, int64_t end, int64
         const TileKind kind = tiles.kind(at);
         const int64_t t = next_of[kind]++, h = at.row_of_image * kOut + d.out_top, w = at.column * kOut + d.out_left;
         const int64_t corner = ((at.image * d.out_height + h) * d.out_width + w) * d.out_channels, line = d.out_width * d.out_channels;
+        const int64_t first_down = std::max<int64_t>(0, -h), first_across = std::max<int64_t>(0, -w);
+        const int64_t here = (tiles.down(kind) - first_down) * (tiles.across(kind) - first_across);
+        if (block == first) outputs += here;
         const auto give = [&](auto transform) BNFAST_INLINE_LAMBDA {
           for (int64_t b = 0; b < width; ++b) {
             const int64_t k = (block + b) * kBlock;
             const FloatBlock bias = d.bias ? load_block(d.bias + k) : FloatBlock(0);
             ahead.template lines<kLinesPerTile<Form>>();
             const float* m = products + t * panel_columns + b * kBlock;
-            if (k + kBlock <= d.out_channels) transform(m, bias, k, Whole{});
-            else transform(m, bias, k, First{d.out_channels - k});
+            // The first tile of a unit twice: for the centre, then for the sums.
+            for (int pass = moments && at.tile == begin * d.tile_columns ? 0 : 1; pass < 2; ++pass) {
+              TileSums sums = moments.tile(k);
+              if (k + kBlock <= d.out_channels) transform(m, bias, k, Whole{}, sums);
+              else transform(m, bias, k, First{d.out_channels - k}, sums);
+              if (pass == 0) moments.set_centre(sums, k, here);
+              else moments.add(sums, k);
+            }
           }
         };
         TilePlaces<T, kOut> to = {{}, d.out_channels};
         for (int i = 0; i < kOut; ++i) to.row[i] = y + corner + i * line;
         if (kind == kWhole && h >= 0 && w >= 0) {
-          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
-            output_tile(m, out_places, bias, to, k, lanes);
+          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes, TileSums& sums) BNFAST_INLINE_LAMBDA {
+            output_tile(m, out_places, bias, to, k, lanes, sums);
           });
         } else {
-          const int64_t first_down = std::max<int64_t>(0, -h), first_across = std::max<int64_t>(0, -w);
-          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes) BNFAST_INLINE_LAMBDA {
-            output_short_tile(tiles, kind, m, panel_columns, out_places, bias, to, first_down, first_across, k, lanes);
+          give([&](const float* m, const FloatBlock& bias, int64_t k, auto lanes, TileSums& sums) BNFAST_INLINE_LAMBDA {
+            output_short_tile(tiles, kind, m, panel_columns, out_places, bias, to, first_down, first_across, k, lanes, sums);
           });
         }
       }
     }
   }
   input.finish();
+  moments.finish(first * kBlock, std::min(last * kBlock, d.out_channels), outputs);
 }
 
 template <class T>
