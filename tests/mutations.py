@@ -30,6 +30,7 @@ WINOGRAD_OPERATORS = "csrc/cpu/conv_winograd.cpp"
 WINOGRAD_FORM = "csrc/cpu/conv_winograd.h"
 DOT, DOT_GEOMETRY = "csrc/cpu/conv_dot_kernels.h", "csrc/cpu/conv_dot.h"
 DOT_OPERATORS, MATRICES = "csrc/cpu/conv_dot.cpp", "csrc/cpu/capability_amx.cpp"
+PRODUCTS = "csrc/cpu/gemm_kernels.h"
 GROUPED, GROUPED_GEOMETRY = "csrc/cpu/conv_grouped_kernels.h", "csrc/cpu/conv_grouped.h"
 GROUPED_OPERATORS = "csrc/cpu/conv_grouped.cpp"
 RECORDING, RECORDER = "csrc/recording.cpp", "bnfast/recording.py"
@@ -375,15 +376,15 @@ MUTATIONS = [
         "bn_bwd_reduce",
         "rows: z not centred",
         KERNELS,
-        "db_z_sum = db_z_sum + db * (zb - channel.mean.at(j, lanes));",
+        "db_z_sum = db_z_sum + db * (zb - held.mean.at(j, lanes));",
         "db_z_sum = db_z_sum + db * zb;",
     ),
     Mutation(
         "bn_bwd_reduce",
         "rows: one row of four forgotten",
         KERNELS,
-        "add(e + i * length, j, Whole{}, db_sum, db_z_sum);",
-        "if (i < 3) add(e + i * length, j, Whole{}, db_sum, db_z_sum);",
+        "add(held, e + i * length, j, Whole{}, db_sum, db_z_sum);",
+        "if (i < 3) add(held, e + i * length, j, Whole{}, db_sum, db_z_sum);",
     ),
     Mutation(
         "bn_bwd_reduce",
@@ -835,7 +836,7 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "pointwise: the partial row is reduced before it is written",
         OPERATORS,
-        "if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing);",
+        "if (produce) (*produce)(last, units.span(last).begin / l.channels, l.count(), nothing, nullptr, nullptr);",
         "",
     ),
     Mutation(
@@ -900,6 +901,41 @@ MUTATIONS = [
         WINOGRAD,
         "!short_across_has_[j] ? count_[kShortAcross] : 0",
         "!short_across_has_[j] ? count_[kShortBoth] : 0",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd, moments: 0 for the centre",
+        WINOGRAD,
+        "sums.sum * (1.0f / static_cast<float>(outputs))",
+        "sums.sum * 0.0f",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd, moments: the first tile forgotten",
+        WINOGRAD,
+        "moments && at.tile == begin * d.tile_columns ? 0 : 1; pass < 2;",
+        "moments && at.tile == begin * d.tile_columns ? 0 : 1; pass < (at.tile == begin * d.tile_columns ? 1 : 2);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd, moments: outputs of a short tile that do not exist",
+        WINOGRAD,
+        "sums.add(t, first_across, across);",
+        "sums.add(t, first_across);",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "winograd, moments: threads that share channels keep those of one unit",
+        WINOGRAD_OPERATORS,
+        "const int64_t moments = unit * d_.out_channels;",
+        "const int64_t moments = 0;",
+    ),
+    Mutation(
+        "conv_fwd_reduce",
+        "products of 16 channels: the last 8 rows taken for 4",
+        PRODUCTS,
+        "if (rows >= 8) take(",
+        "if (rows > 8) take(",
     ),
     Mutation(
         "conv_fwd_reduce",
@@ -968,8 +1004,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "joined: units reduced before they are written",
         JOINED,
-        "if (at_once) return;",
-        "if (at_once || unit-- == 0) return;",
+        "if (at_once) return finds_moments;",
+        "if (at_once || unit-- == 0) return finds_moments;",
     ),
     Mutation(
         "conv_dgrad",
@@ -1052,8 +1088,8 @@ MUTATIONS = [
         "conv_fwd_reduce",
         "Winograd: threads that share the weights leave the last blocks",
         WINOGRAD_OPERATORS,
-        "piece(unit, block, std::min(blocks_, block + blocks_per_piece_));",
-        "piece(unit, block, std::min(blocks_ - is_shared_, block + blocks_per_piece_));",
+        "piece(unit, block, std::min(blocks_, block + blocks_per_piece_), ",
+        "piece(unit, block, std::min(blocks_ - is_shared_, block + blocks_per_piece_), ",
     ),
     Mutation(
         "conv_fwd_reduce",

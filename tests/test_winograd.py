@@ -292,6 +292,28 @@ def test_threads_that_share_weights_change_no_bit(tile, batch, size):
     torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("where", ["everywhere", "first tile", "elsewhere"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("batch, channels, out_channels", [(2, 16, 16), (2, 20, 64), (1, 16, 272)])
+def test_moments_from_registers(everywhere, tile, batch, channels, out_channels, stride, where):
+    """As precise as sums about the mean, wherever the values lie far from 0: also where the first tile, whose mean is taken for a
+    unit's, is far from all others."""
+    x, weight = channels_last(batch, channels, 19, 23), frozen(out_channels, channels)
+    far = torch.zeros(19, 23)
+    far[:8, :8] = 1
+    x += 1000 * {"everywhere": 1, "first tile": far, "elsewhere": 1 - far}[where]
+    turned = winograd.transformed_weight(weight, stride, 4 if stride == 2 else tile)
+    bias = torch.randn(out_channels)
+    z, mean, rstd = torch.ops.bnfast.winograd_fwd_reduce(
+        x, None, None, None, None, "identity", 0.0, turned, bias, out_channels, ONES, stride,
+        None, None, None, None, 1e-5,
+    )  # fmt: skip
+    variance, expected = torch.var_mean(z.double(), (0, 2, 3), unbiased=False)
+    deviation = variance.sqrt()
+    assert ((mean - expected).abs() <= 1e-6 * expected.abs() + 1e-5 * deviation).all()
+    torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
 def test_nan_stays_with_the_outputs_that_it_reaches(everywhere):
     x, weight = channels_last(2, 20, 12, 12), frozen(18, 20)
     x[1, 3, 2, 2] = math.nan
